@@ -1,0 +1,56 @@
+// The routed experts of every layer of this process, one set of worker threads, one call in flight.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "moe_params.h"
+
+namespace kt {
+
+struct ExecutorOptions {
+  std::string isa = "auto";  // "auto" or the name of a kernel table
+  std::vector<int> cpus;     // one worker thread an entry, pinned to that logical CPU; an entry may repeat
+  int max_num_tokens = 0;    // workspace is sized for this; longer calls are cut into pieces of it
+};
+
+struct LoadProgress {
+  uint64_t bytes_done;
+  uint64_t bytes_total;
+  bool finished;
+};
+
+// Threads: one caller at a time (the thread that runs the model). No method needs the GIL.
+class MoEExecutor {
+ public:
+  explicit MoEExecutor(const ExecutorOptions& options);
+  ~MoEExecutor();  // cancels loading, waits for a call in flight, joins the workers
+
+  const char* isa() const;
+  const std::string& isa_reason() const;
+
+  // Checks shapes, types and file sizes; reads nothing yet. Returns the layer's index. Throws kt::Error.
+  int add_layer(const MoELayerSpec& spec);
+
+  // Reads all layers added since the last call with all worker threads, each byte once, straight into its final place.
+  // Returns at once; load_progress() rethrows the first error. cancel_loading() returns when no worker reads any more.
+  void start_loading();
+  LoadProgress load_progress();
+  void cancel_loading();
+
+  // submit() returns once the work is handed to the workers; wait() returns when output is complete.
+  // Exactly one wait() after each submit().
+  void submit(int layer, const MoEForwardParams& params);
+  void wait();
+
+  // Expert ids outside [0, num_experts) other than -1 seen so far: the router gave garbage, usually after a NaN.
+  uint64_t num_invalid_ids() const;
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace kt

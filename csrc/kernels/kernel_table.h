@@ -1,0 +1,74 @@
+// What an instruction set offers the executor: one table of plain functions, chosen once at start.
+//
+// A table never allocates, never throws, keeps no state, and knows neither layers nor threads.
+// GEMM here is: output[token][row] = sum over k of weights[row][k] * activations[token][k].
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "gguf/ggml_type.h"
+
+namespace kt {
+
+// Element type of hidden states at the border (torch dtype of the model).
+enum class FloatType : int32_t { F32, F16, BF16 };
+
+inline size_t float_bytes(FloatType type) { return type == FloatType::F32 ? 4 : 2; }
+
+// How a row of float32 activations is stored for a GEMM. Types with the same format share one quantised row,
+// so a token is quantised once however many experts and matrices read it.
+enum class ActivationFormat : int32_t {
+  F32,      // as they are
+  INT8_32,  // blocks of 32: one scale
+  INT8_256  // blocks of 256: one scale, and the sum of every 16 quants (for types whose weights have an offset)
+};
+inline constexpr int kNumActivationFormats = 3;
+
+struct GemmParams {
+  const uint8_t* weights;  // [num_rows, weight_row_bytes], rows as in the GGUF file
+  size_t weight_row_bytes;
+  const uint8_t* activations;  // [*, activation_row_bytes], written by the same table's quantize_activations
+  size_t activation_row_bytes;
+  const int32_t* token_rows;  // [num_tokens]: activations row of token t. May be nullptr: row t
+  float* output;              // [num_tokens, output_stride]; output[t * output_stride + r] is overwritten
+  size_t output_stride;       // >= num_rows
+  int num_rows;
+  int num_tokens;
+  int k;  // multiple of the type's block size
+};
+
+// The kernels for weights of one GGML type.
+struct TypeKernels {
+  GgmlType type;
+  ActivationFormat activation_format;
+  int activation_block;           // activations a block; k is a multiple of it
+  size_t activation_block_bytes;  // a row is k / activation_block blocks, one after another
+  // x: [k] -> blocks: [k / activation_block * activation_block_bytes], 64-byte aligned. Any whole number of blocks,
+  // so a long row can be split between threads. A block that holds a NaN or infinity decodes to NaN.
+  void (*quantize_activations)(const float* x, uint8_t* blocks, int k);
+  void (*gemm)(const GemmParams& params);
+};
+
+struct KernelTable {
+  const char* isa;             // "avx2", "reference"
+  uint32_t required_features;  // CpuFeature bits; all must be present
+  const TypeKernels* types;    // [num_types]
+  int num_types;
+  // out[i] = gate[i] / (1 + exp(-gate[i])) * up[i]; out may be gate
+  void (*silu_mul)(const float* gate, const float* up, float* out, int n);
+  // y[i] += a * x[i]
+  void (*add_scaled)(float a, const float* x, float* y, int n);
+  // src: [n] of `type` <-> float32; round to nearest even, NaN stays NaN
+  void (*load_floats)(const void* src, FloatType type, float* dst, int n);
+  void (*store_floats)(const float* src, FloatType type, void* dst, int n);
+};
+
+// The kernels of `table` for `type`; nullptr when the table has none.
+inline const TypeKernels* find_type_kernels(const KernelTable& table, GgmlType type) {
+  for (int i = 0; i < table.num_types; ++i)
+    if (table.types[i].type == type) return &table.types[i];
+  return nullptr;
+}
+
+}  // namespace kt

@@ -1,0 +1,64 @@
+"""The typed face of the C++ core (csrc/bindings.cpp). Importing it needs neither torch nor vLLM."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+class NativeError(ValueError):
+    """kt::Error: what was seen, what was expected, what to do."""
+
+class ExpertTensor:
+    """One projection of all experts of a layer, as runs of bytes in files.
+
+    shape: (num_experts, num_rows, num_cols); spans: [(path, offset, bytes), ...] in order, together the whole tensor.
+    """
+
+    def __init__(self, type: str, shape: tuple[int, int, int], spans: list[tuple[str, int, int]]) -> None: ...
+
+class Executor:
+    """csrc/executor/moe_executor.h. Methods that block release the GIL."""
+
+    def __init__(self, *, isa: str, cpus: list[int], max_num_tokens: int) -> None: ...
+    @property
+    def isa(self) -> str: ...
+    @property
+    def isa_reason(self) -> str: ...
+    @property
+    def num_invalid_ids(self) -> int: ...
+    def add_layer(self, gate: ExpertTensor, up: ExpertTensor, down: ExpertTensor) -> int: ...
+    def start_loading(self) -> None: ...
+    def load_progress(self) -> tuple[int, int, bool]:
+        """(bytes_done, bytes_total, finished); raises what a reader met."""
+    def cancel_loading(self) -> None: ...
+    def submit(
+        self,
+        layer: int,
+        hidden_states: int,
+        topk_ids: int,
+        topk_weights: int,
+        output: int,
+        float_type: str,
+        num_tokens: int,
+        top_k: int,
+    ) -> None:
+        """Addresses of contiguous host memory: see MoEForwardParams. float_type: "float32" | "float16" | "bfloat16"."""
+    def wait(self) -> None: ...
+    def close(self) -> None:
+        """Joins the workers and frees the weights; idempotent. Every other method then raises NativeError."""
+
+def isas() -> list[str]:
+    """Every compiled instruction set, best first."""
+
+def available_isas() -> list[str]:
+    """Those of isas() this CPU can run."""
+
+def choose_isa(requested: str) -> tuple[str, str]:
+    """(isa, reason) as an Executor would choose; raises NativeError where it would."""
+
+def supported_types(isa: str) -> list[str]:
+    """GGML type names the table has kernels for."""
+
+def type_sizes() -> dict[str, tuple[int, int]]:
+    """{type name: (block_size, block_bytes)}."""
+
+def dequantize(type: str, data: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Blocks of one type (1-D bytes) to float32 [num_weights], bit for bit as gguf.quants.dequantize."""

@@ -1,0 +1,34 @@
+"""Routed experts of mixture-of-experts models on the CPU, for stock vLLM.
+
+The files in the order a request meets them:
+
+    plugin      register(): the only place that touches vLLM's registries
+    args        the --kt-* flags
+    config      KTConfig: what the flags mean, validated once
+    compat      the only patches of vLLM
+    preflight   everything that can be refused is refused here, before the engine starts
+    cpus        which logical CPUs the executor's threads are pinned to
+    memory      does it all fit
+    gguf/       files to tensors: headers, shards, dequantisation
+    families    tensor names of each model family, as data
+    checkpoint  which tensor goes where, complete in both directions
+    loader      dense tensors to vLLM, experts to the executor
+    layer       RoutedExperts: submit, shared experts, wait
+    executor    tensors to addresses
+    _native     the C++ core (csrc/)
+
+Importing this package needs neither vLLM nor torch.
+"""
+
+from typing import Any
+
+__version__ = "0.1.0"
+__all__ = ["LLM", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "LLM":
+        from kt_vllm.llm import LLM
+
+        return LLM
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

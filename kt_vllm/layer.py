@@ -1,0 +1,193 @@
+"""RoutedExperts of every model, computed by the executor while the device runs the shared experts.
+
+vLLM builds its RoutedExperts through PluggableLayer, so one replacement class serves every model. Routing (top-k, groups,
+correction bias, renormalisation) has been done by vLLM's router before us; scaling and the tensor-parallel all-reduce are done
+by vLLM's MoERunner after us.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch.library import Library
+from vllm.config import get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CONFIG, FusedMoEConfig, FusedMoEQuantConfig
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.layers.fused_moe.runner.shared_experts import SharedExperts, SharedExpertsOrder
+from vllm.platforms import current_platform
+from vllm.utils.torch_utils import LayerNameType, _encode_layer_name, _resolve_layer_name, direct_register_custom_op
+
+from kt_vllm.config import KTConfig
+from kt_vllm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+
+    from kt_vllm.executor import LayerHandle
+
+
+class KTRoutedExperts(RoutedExperts):
+    """vLLM's RoutedExperts with our method, when the user gave a GGUF; exactly vLLM's own otherwise."""
+
+    def _get_quant_method(
+        self, prefix: str, quant_config: "QuantizationConfig | None", moe_config: FusedMoEConfig
+    ) -> FusedMoEMethodBase:
+        if KTConfig.from_vllm_config(get_current_vllm_config()) is None:
+            return super()._get_quant_method(prefix, quant_config, moe_config)
+        return KTMoEMethod(prefix, moe_config)
+
+
+class KTMoEMethod(FusedMoEMethodBase):
+    """Routed experts in host memory. The loader attaches the weights; until then (and on tensor-parallel ranks other than 0,
+    whose contribution to the all-reduce is zero) `handle` is None."""
+
+    def __init__(self, layer_name: str, moe: FusedMoEConfig) -> None:
+        super().__init__(moe)
+        self.layer_name = layer_name
+        self.computes = get_tensor_model_parallel_rank() == 0
+        self.handle: LayerHandle | None = None
+        self._pending: torch.Tensor | None = None
+        refused = {
+            f"activation {moe.activation.value!r}": moe.activation != MoEActivation.SILU,
+            "expert biases": moe.has_bias,
+            "a clamped SwiGLU": moe.swiglu_limit is not None,
+            "data parallelism": moe.dp_size > 1,
+            "sequence-parallel experts": moe.is_sequence_parallel,
+            "LoRA": moe.is_lora_enabled,
+        }
+        for what, is_set in refused.items():
+            if is_set:
+                raise ConfigError(
+                    f"{layer_name} needs {what}, which the executor does not compute; serve this without --kt-gguf."
+                )
+
+    def create_weights(
+        self,
+        layer: RoutedExperts,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: object,
+    ) -> None:
+        """Allocates nothing: the experts live in the executor."""
+        if layer.apply_router_weight_on_input:
+            raise ConfigError(
+                f"{self.layer_name} applies router weights to its input, which the executor does not; "
+                f"serve this model without --kt-gguf."
+            )
+
+    def get_fused_moe_quant_config(self, layer: RoutedExperts) -> FusedMoEQuantConfig:
+        return FUSED_MOE_UNQUANTIZED_CONFIG
+
+    def maybe_roundup_sizes(
+        self, hidden_size: int, intermediate_size_per_partition: int, *_: object
+    ) -> tuple[int, int]:
+        return hidden_size, intermediate_size_per_partition
+
+    @property
+    def mk_can_overlap_shared_experts(self) -> bool:
+        return True
+
+    @property
+    def topk_indices_dtype(self) -> torch.dtype:
+        return torch.int32
+
+    def apply(
+        self,
+        layer: RoutedExperts,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared_experts: SharedExperts | None,
+        shared_experts_input: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """x: [num_tokens, hidden_size]; topk_weights, topk_ids: [num_tokens, top_k]. Returns a fresh tensor like x.
+
+        x, topk_weights and topk_ids go to the wait as well, so that no compiler reuses their memory in between.
+        """
+        layer_name = _encode_layer_name(layer.layer_name)
+        ticket = torch.ops.kt_vllm.moe_submit(x, topk_weights, topk_ids, layer_name)
+        if shared_experts is not None:
+            shared_experts(shared_experts_input, SharedExpertsOrder.MK_INTERNAL_OVERLAPPED)
+        return torch.ops.kt_vllm.moe_wait(ticket, x, topk_weights, topk_ids, layer_name)
+
+    def submit(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> None:
+        """Starts the executor on x; the output belongs to nobody else until wait() hands it out."""
+        if self.handle is None or get_forward_context().attn_metadata is None:
+            if self.computes and self.handle is None:
+                raise RuntimeError(f"{self.layer_name} was called before its experts were loaded.")
+            # A profile or warm-up run wants shapes, not answers; minutes of CPU work at start would buy nothing.
+            self._pending = torch.zeros_like(x)
+            return
+        self._pending = torch.empty_like(x)
+        self.handle.submit(x, topk_weights, topk_ids, self._pending)
+
+    def wait(self) -> torch.Tensor:
+        """The output of the last submit()."""
+        if self.handle is not None:
+            self.handle.wait()
+        output, self._pending = self._pending, None
+        assert output is not None, "wait() without submit()"
+        return output
+
+
+def _method(layer_name: LayerNameType) -> KTMoEMethod:
+    runner = get_forward_context().no_compile_layers[_resolve_layer_name(layer_name)]
+    return runner.routed_experts.quant_method
+
+
+def _moe_submit(
+    x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, layer_name: LayerNameType
+) -> torch.Tensor:
+    _method(layer_name).submit(x, topk_weights, topk_ids)
+    return _ticket(x)
+
+
+def _moe_wait(
+    ticket: torch.Tensor,
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    layer_name: LayerNameType,
+) -> torch.Tensor:
+    return _method(layer_name).wait()
+
+
+def _ticket(x: torch.Tensor) -> torch.Tensor:
+    """Carries nothing; its data dependency keeps the wait after the submit in a compiled graph."""
+    return torch.empty(1, dtype=torch.int8, device=x.device)
+
+
+def _moe_submit_fake(
+    x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, layer_name: LayerNameType
+) -> torch.Tensor:
+    return _ticket(x)
+
+
+def _moe_wait_fake(
+    ticket: torch.Tensor,
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    layer_name: LayerNameType,
+) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+# Custom ops, because on the CPU platform torch.compile traces into apply(). The library lives as long as the process.
+_library = Library("kt_vllm", "FRAGMENT")
+for _name, _function, _fake in (
+    ("moe_submit", _moe_submit, _moe_submit_fake),
+    ("moe_wait", _moe_wait, _moe_wait_fake),
+):
+    direct_register_custom_op(
+        op_name=_name,
+        op_func=_function,
+        fake_impl=_fake,
+        target_lib=_library,
+        dispatch_key=current_platform.dispatch_key,
+    )

@@ -1,0 +1,129 @@
+"""Loads a GGUF: dense tensors into vLLM's model, routed experts into the executor, both at once, complete both ways."""
+
+import time
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from tqdm import tqdm
+from vllm.config import ModelConfig, VllmConfig, get_current_vllm_config
+from vllm.config.load import LoadConfig
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.logger import init_logger
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+from vllm.model_executor.models.utils import extract_layer_index
+
+from kt_vllm import _native
+from kt_vllm.checkpoint import CheckpointPlan, iter_dense
+from kt_vllm.config import KTConfig
+from kt_vllm.errors import ConfigError, GGUFError
+from kt_vllm.executor import CPUExpertExecutor
+from kt_vllm.gguf.reader import GGUFModel
+from kt_vllm.layer import KTMoEMethod
+
+logger = init_logger(__name__)
+
+LOAD_FORMAT = "kt_gguf"
+
+# How often the progress of the readers is looked at: fine enough for a bar, and how long a Ctrl-C waits at most.
+_POLL_SECONDS = 0.05
+
+
+class KTModelLoader(BaseModelLoader):
+    """vLLM's load_format "kt_gguf"; the model folder gives only config and tokenizer."""
+
+    def __init__(self, load_config: LoadConfig) -> None:
+        super().__init__(load_config)
+
+    def download_model(self, model_config: ModelConfig) -> None:
+        """Nothing: the weights are the user's GGUF."""
+
+    def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
+        """Raises GGUFError when a parameter of the model stays unloaded or a tensor of the file stays unexplained."""
+        vllm_config = get_current_vllm_config()
+        config = KTConfig.from_vllm_config(vllm_config)
+        if config is None:
+            raise ConfigError(f"--load-format {LOAD_FORMAT} is chosen by --kt-gguf PATH; give that instead.")
+        isa, _ = _native.choose_isa(config.isa)
+        plan = CheckpointPlan.build(
+            GGUFModel.open(config.gguf),
+            model_config.hf_text_config.to_dict(),
+            supported_types=_native.supported_types(isa),
+        )
+        # Weights may be loaded again into a running model (sleep and wake): its experts are still there.
+        methods = [method for method in _moe_methods(model) if method.computes and method.handle is None]
+        executor = _make_executor(config, vllm_config, methods, plan)
+        try:
+            with self._progress_bar(plan, methods) as bar:
+                if executor is not None:
+                    executor.native.start_loading()
+                loaded = set(model.load_weights(_with_progress(plan, model_config.dtype, bar)))
+                if executor is not None:
+                    _finish_experts(executor, bar)
+        except BaseException:
+            if executor is not None:
+                executor.close()
+            raise
+        _check_complete(model, loaded)
+
+    def _progress_bar(self, plan: CheckpointPlan, methods: list[KTMoEMethod]) -> tqdm:
+        expert_bytes = sum(plan.experts[extract_layer_index(method.layer_name)].nbytes for method in methods)
+        return tqdm(
+            total=plan.dense_bytes + expert_bytes,
+            desc="Loading GGUF",
+            unit="B",
+            unit_scale=True,
+            unit_divisor=1024,
+            mininterval=0.5,
+            disable=not self.load_config.use_tqdm_on_load or get_tensor_model_parallel_rank() != 0,
+        )
+
+
+def _moe_methods(model: nn.Module) -> list[KTMoEMethod]:
+    """Our methods in this process's part of the model, in layer order."""
+    methods = [module.quant_method for module in model.modules() if hasattr(module, "quant_method")]
+    return [method for method in methods if isinstance(method, KTMoEMethod)]
+
+
+def _make_executor(
+    config: KTConfig, vllm_config: VllmConfig, methods: list[KTMoEMethod], plan: CheckpointPlan
+) -> CPUExpertExecutor | None:
+    """The executor of this process with one layer a method, or None when this process computes no experts."""
+    if not methods:
+        return None
+    executor = CPUExpertExecutor(
+        isa=config.isa, cpus=config.cpus, max_num_tokens=vllm_config.scheduler_config.max_num_batched_tokens
+    )
+    for method in methods:
+        method.handle = executor.add_layer(plan.experts[extract_layer_index(method.layer_name)])
+    logger.info("kt_vllm: experts of %d layers run here. %s", len(methods), executor.native.isa_reason)
+    logger.info("kt_vllm: %s", executor.native.placement_report)
+    return executor
+
+
+def _with_progress(plan: CheckpointPlan, dtype: torch.dtype, bar: tqdm) -> Iterator[tuple[str, torch.Tensor]]:
+    for hf_name, tensor, nbytes in iter_dense(plan, dtype):
+        yield hf_name, tensor
+        bar.update(nbytes)
+
+
+def _finish_experts(executor: CPUExpertExecutor, bar: tqdm) -> None:
+    """Waits for the readers; raises what one of them met."""
+    seen = 0
+    while True:
+        done, total, finished = executor.native.load_progress()
+        bar.update(done - seen)
+        seen = done
+        if finished:
+            return
+        time.sleep(_POLL_SECONDS)
+
+
+def _check_complete(model: nn.Module, loaded: set[str]) -> None:
+    missing = sorted({name for name, _ in model.named_parameters()} - loaded)
+    if missing:
+        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise GGUFError(
+            f"the GGUF leaves {len(missing)} parameters of the model without weights: {shown}. "
+            f"Use a GGUF made from this model's own checkpoint."
+        )

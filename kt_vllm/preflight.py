@@ -1,0 +1,124 @@
+"""Everything that can be refused is refused here, in the process the user started, before any engine process or port.
+
+prepare() runs before vLLM reads config.json, check() after.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+
+from kt_vllm import _native, compat
+from kt_vllm.checkpoint import CheckpointPlan
+from kt_vllm.config import CONFIG_KEY, KTConfig
+from kt_vllm.cpus import allowed_cpus, choose_cpus
+from kt_vllm.errors import ConfigError, ResourceError
+from kt_vllm.gguf.reader import GGUFModel
+from kt_vllm.hf_config import CONFIG_FORMAT
+from kt_vllm.loader import LOAD_FORMAT
+from kt_vllm.memory import available_host_memory, check_memory
+
+if TYPE_CHECKING:
+    import dataclasses
+
+    from vllm.config import ModelConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+logger = init_logger(__name__)
+
+# Speculators that load no second set of weights.
+_SPECULATORS_WITHOUT_WEIGHTS = ("ngram", "ngram_gpu", "suffix")
+
+
+def prepare(engine_args: "EngineArgs") -> KTConfig | None:
+    """Validates our settings and points vLLM at our loader and config parser. None when the user asked for nothing."""
+    values = (engine_args.additional_config or {}).get(CONFIG_KEY)
+    if values is None:
+        return None
+    config = KTConfig.from_dict(values)
+    _refuse_unsupported(engine_args)
+    GGUFModel.open(config.gguf)
+    config = _resolve(config)
+    engine_args.additional_config = {**engine_args.additional_config, CONFIG_KEY: config.to_dict()}
+    engine_args.load_format = LOAD_FORMAT
+    engine_args.config_format = CONFIG_FORMAT
+    if current_platform.is_cpu() and compat.disable_cpu_rotary_op(engine_args.compilation_config):
+        logger.info_once(
+            "kt_vllm: using vLLM's torch rotary embedding; its compiled CPU op is wrong for interleaved RoPE in eager mode."
+        )
+    return config
+
+
+def _resolve(config: KTConfig) -> KTConfig:
+    """With the CPUs of every executor thread; raises for an instruction set this CPU cannot run."""
+    import dataclasses
+
+    try:
+        _native.choose_isa(config.isa)
+    except _native.NativeError as error:
+        raise ResourceError(str(error)) from None
+    if config.cpus:
+        return config
+    choice = choose_cpus(config.cpu_infer, allowed_cpus())
+    if choice.warning:
+        logger.warning("kt_vllm: %s", choice.warning)
+    return dataclasses.replace(config, cpus=choice.cpus)
+
+
+def _refuse_unsupported(engine_args: "EngineArgs") -> None:
+    """Raises ConfigError for a combination that would compute something else than asked."""
+    if not current_platform.is_cpu():
+        raise ConfigError(
+            f"this release of kt_vllm serves on vLLM's CPU platform; found {current_platform.device_type}. "
+            f"The hand-over to a GPU is not in this release: install the CPU build of vLLM, or run without --kt-gguf."
+        )
+    refused = {
+        "--data-parallel-size": engine_args.data_parallel_size > 1,
+        "--enable-eplb": engine_args.enable_eplb,
+        "--enable-lora": engine_args.enable_lora,
+        "--enable-dbo": engine_args.enable_dbo,
+        "--enable-elastic-ep": engine_args.enable_elastic_ep,
+        "--prefill-context-parallel-size": engine_args.prefill_context_parallel_size > 1,
+    }
+    for flag, is_set in refused.items():
+        if is_set:
+            raise ConfigError(f"{flag} does not work with --kt-gguf, whose experts exist once per host; leave it out.")
+    if engine_args.load_format not in ("auto", LOAD_FORMAT):
+        raise ConfigError(
+            f"--load-format {engine_args.load_format} contradicts --kt-gguf, which loads all weights from the GGUF; "
+            f"leave --load-format out."
+        )
+    speculator = (engine_args.speculative_config or {}).get("method")
+    if engine_args.speculative_config and speculator not in _SPECULATORS_WITHOUT_WEIGHTS:
+        raise ConfigError(
+            f"speculative decoding with {speculator or 'a draft model'!r} needs draft weights that --kt-gguf does not load; "
+            f"use one of {', '.join(_SPECULATORS_WITHOUT_WEIGHTS)}, or leave it out."
+        )
+
+
+def check(engine_args: "EngineArgs", config: KTConfig, model_config: "ModelConfig") -> None:
+    """Raises KTError when the GGUF does not fit config.json, the executor, or the memory of the host."""
+    hf_config = model_config.hf_text_config
+    isa, _ = _native.choose_isa(config.isa)
+    plan = CheckpointPlan.build(
+        GGUFModel.open(config.gguf), hf_config.to_dict(), supported_types=_native.supported_types(isa)
+    )
+    activation = getattr(hf_config, "hidden_act", "silu")
+    if activation != "silu":
+        raise ConfigError(
+            f"config.json asks for the activation {activation!r}; the executor computes silu. Serve this model without --kt-gguf."
+        )
+    dense_bytes = plan.dense_bytes_at(model_config.dtype.itemsize)
+    check_memory({"routed experts": plan.expert_bytes, "dense weights": dense_bytes}, available_host_memory())
+
+
+def log_plan(plan: CheckpointPlan) -> None:
+    """One line for each kind of tensor that is left out, with the reason."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in plan.ignored:
+        reasons.setdefault(reason, []).append(name)
+    for reason, names in reasons.items():
+        logger.info("kt_vllm: %d tensors of the GGUF are not used: %s (e.g. %s)", len(names), reason, names[0])
+
+
+__all__: list[Any] = ["check", "log_plan", "prepare"]

@@ -49,6 +49,7 @@ class KTMoEMethod(FusedMoEMethodBase):
         self.layer_name = layer_name
         self.computes = get_tensor_model_parallel_rank() == 0
         self.handle: LayerHandle | None = None
+        self._in_flight = False
         self._pending: torch.Tensor | None = None
         refused = {
             f"activation {moe.activation.value!r}": moe.activation != MoEActivation.SILU,
@@ -117,18 +118,21 @@ class KTMoEMethod(FusedMoEMethodBase):
 
     def submit(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> None:
         """Starts the executor on x; the output belongs to nobody else until wait() hands it out."""
-        if self.handle is None or get_forward_context().attn_metadata is None:
-            if self.computes and self.handle is None:
-                raise RuntimeError(f"{self.layer_name} was called before its experts were loaded.")
-            # A profile or warm-up run wants shapes, not answers; minutes of CPU work at start would buy nothing.
+        if self.computes and self.handle is None:
+            raise RuntimeError(f"{self.layer_name} was called before its experts were loaded.")
+        # A profile or warm-up run wants shapes, not answers; minutes of CPU work at start would buy nothing.
+        is_dummy_run = get_forward_context().attn_metadata is None
+        self._in_flight = self.handle is not None and not is_dummy_run
+        if self.handle is not None and self._in_flight:
+            self._pending = torch.empty_like(x)
+            self.handle.submit(x, topk_weights, topk_ids, self._pending)
+        else:
             self._pending = torch.zeros_like(x)
-            return
-        self._pending = torch.empty_like(x)
-        self.handle.submit(x, topk_weights, topk_ids, self._pending)
 
     def wait(self) -> torch.Tensor:
         """The output of the last submit()."""
-        if self.handle is not None:
+        if self.handle is not None and self._in_flight:
+            self._in_flight = False
             self.handle.wait()
         output, self._pending = self._pending, None
         assert output is not None, "wait() without submit()"

@@ -1,7 +1,7 @@
 """The --kt-* flags: added to vLLM's parser as their own group, then folded into additional_config["kt"].
 
-additional_config is what vLLM itself carries to every worker. Folding happens when the engine arguments are made, not while
-parsing, so a JSON --additional-config before or after our flags loses nothing.
+additional_config is what vLLM itself carries to every worker. Folding happens when the engine arguments are made,
+not while parsing, so a JSON --additional-config before or after our flags loses nothing.
 """
 
 import argparse

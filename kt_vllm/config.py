@@ -34,7 +34,7 @@ class KTConfig:
     isa: str = _flag(
         "Instruction set of the expert kernels: auto takes the best this CPU can run.", default="auto", metavar="ISA"
     )
-    # The logical CPU of each executor thread. Chosen in the process the user started, because vLLM's workers are pinned.
+    # The logical CPU of each executor thread. Chosen in the process the user started: vLLM pins its workers.
     cpus: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:

@@ -10,8 +10,8 @@ from kt_vllm.checkpoint import LayerExperts
 
 _FLOAT_TYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
-# Tokens of one executor call; longer batches are cut. Enough for every expert of a 256-expert layer to see over a hundred
-# tokens, where reading weights no longer dominates; bounds the workspace.
+# Tokens of one executor call; longer batches are cut. Enough for every expert of a 256-expert layer to see over a
+# hundred tokens, where reading weights no longer dominates; bounds the workspace.
 MAX_TOKENS_PER_CALL = 4096
 
 
@@ -25,7 +25,7 @@ class CPUExpertExecutor:
         self._finalizer = weakref.finalize(self, self.native.close)
 
     def add_layer(self, experts: LayerExperts) -> "LayerHandle":
-        """Declares one MoE layer; its weights are read by load(). Raises NativeError for shapes or types that cannot be."""
+        """Declares one MoE layer; reads nothing yet. Raises NativeError for shapes or types that cannot be."""
         gate, up, down = (
             _native.ExpertTensor(tensor.type, tensor.shape, list(tensor.spans))
             for tensor in (experts.gate, experts.up, experts.down)
@@ -59,8 +59,9 @@ class LayerHandle:
             and topk_ids.dtype == torch.int32
         ):
             raise ValueError(
-                f"layer {self._index}: expected contiguous tensors, float32 weights and int32 ids; got "
-                f"{hidden_states.stride()}, {topk_weights.dtype} {topk_weights.stride()}, {topk_ids.dtype} {topk_ids.stride()}"
+                f"layer {self._index}: expected contiguous tensors, float32 weights and int32 ids; got strides "
+                f"{hidden_states.stride()}, {topk_weights.stride()} ({topk_weights.dtype}), "
+                f"{topk_ids.stride()} ({topk_ids.dtype})"
             )
         self._native.submit(
             self._index,

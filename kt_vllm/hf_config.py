@@ -1,7 +1,7 @@
 """The model folder's config.json, without the quantisation of weights we do not load.
 
-DeepSeek-R1's config announces fp8 weights. Ours come from the GGUF, so vLLM must build plain linear layers, or those that
-the user's --quantization asks for.
+DeepSeek-R1's config announces fp8 weights. Ours come from the GGUF, so vLLM must build plain linear layers, or those
+that the user's --quantization asks for.
 """
 
 from pathlib import Path

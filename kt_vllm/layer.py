@@ -1,8 +1,8 @@
 """RoutedExperts of every model, computed by the executor while the device runs the shared experts.
 
-vLLM builds its RoutedExperts through PluggableLayer, so one replacement class serves every model. Routing (top-k, groups,
-correction bias, renormalisation) has been done by vLLM's router before us; scaling and the tensor-parallel all-reduce are done
-by vLLM's MoERunner after us.
+vLLM builds its RoutedExperts through PluggableLayer, so one replacement class serves every model. Routing (top-k,
+groups, correction bias, renormalisation) has been done by vLLM's router before us; scaling and the tensor-parallel
+all-reduce are done by vLLM's MoERunner after us.
 """
 
 from typing import TYPE_CHECKING
@@ -13,7 +13,11 @@ from vllm.config import get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
-from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CONFIG, FusedMoEConfig, FusedMoEQuantConfig
+from vllm.model_executor.layers.fused_moe.config import (
+    FUSED_MOE_UNQUANTIZED_CONFIG,
+    FusedMoEConfig,
+    FusedMoEQuantConfig,
+)
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.fused_moe.runner.shared_experts import SharedExperts, SharedExpertsOrder
@@ -41,8 +45,11 @@ class KTRoutedExperts(RoutedExperts):
 
 
 class KTMoEMethod(FusedMoEMethodBase):
-    """Routed experts in host memory. The loader attaches the weights; until then (and on tensor-parallel ranks other than 0,
-    whose contribution to the all-reduce is zero) `handle` is None."""
+    """Routed experts in host memory.
+
+    The loader attaches the weights as `handle`. Tensor-parallel rank 0 computes all of it; the others contribute zeros
+    to the all-reduce and keep no experts.
+    """
 
     def __init__(self, layer_name: str, moe: FusedMoEConfig) -> None:
         super().__init__(moe)

@@ -111,7 +111,7 @@ def _finish_experts(executor: CPUExpertExecutor, bar: tqdm) -> None:
     """Waits for the readers; raises what one of them met."""
     seen = 0
     while True:
-        done, total, finished = executor.native.load_progress()
+        done, _, finished = executor.native.load_progress()
         bar.update(done - seen)
         seen = done
         if finished:

@@ -1,4 +1,4 @@
-"""register(): the entry point vLLM calls in every one of its processes. No threads, no device, no file is touched here."""
+"""register(): the entry point vLLM calls in every one of its processes; starts no thread, touches no device or file."""
 
 _registered = False
 

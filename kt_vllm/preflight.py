@@ -3,7 +3,8 @@
 prepare() runs before vLLM reads config.json, check() after.
 """
 
-from typing import TYPE_CHECKING, Any
+import dataclasses
+from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
@@ -19,8 +20,6 @@ from kt_vllm.loader import LOAD_FORMAT
 from kt_vllm.memory import available_host_memory, check_memory
 
 if TYPE_CHECKING:
-    import dataclasses
-
     from vllm.config import ModelConfig
     from vllm.engine.arg_utils import EngineArgs
 
@@ -44,15 +43,13 @@ def prepare(engine_args: "EngineArgs") -> KTConfig | None:
     engine_args.config_format = CONFIG_FORMAT
     if current_platform.is_cpu() and compat.disable_cpu_rotary_op(engine_args.compilation_config):
         logger.info_once(
-            "kt_vllm: using vLLM's torch rotary embedding; its compiled CPU op is wrong for interleaved RoPE in eager mode."
+            "kt_vllm: using vLLM's torch rotary embedding; its CPU op is wrong for interleaved RoPE in eager mode."
         )
     return config
 
 
 def _resolve(config: KTConfig) -> KTConfig:
     """With the CPUs of every executor thread; raises for an instruction set this CPU cannot run."""
-    import dataclasses
-
     try:
         _native.choose_isa(config.isa)
     except _native.NativeError as error:
@@ -91,8 +88,8 @@ def _refuse_unsupported(engine_args: "EngineArgs") -> None:
     speculator = (engine_args.speculative_config or {}).get("method")
     if engine_args.speculative_config and speculator not in _SPECULATORS_WITHOUT_WEIGHTS:
         raise ConfigError(
-            f"speculative decoding with {speculator or 'a draft model'!r} needs draft weights that --kt-gguf does not load; "
-            f"use one of {', '.join(_SPECULATORS_WITHOUT_WEIGHTS)}, or leave it out."
+            f"speculative decoding with {speculator or 'a draft model'!r} needs draft weights that --kt-gguf does not "
+            f"load; use one of {', '.join(_SPECULATORS_WITHOUT_WEIGHTS)}, or leave it out."
         )
 
 
@@ -106,7 +103,8 @@ def check(engine_args: "EngineArgs", config: KTConfig, model_config: "ModelConfi
     activation = getattr(hf_config, "hidden_act", "silu")
     if activation != "silu":
         raise ConfigError(
-            f"config.json asks for the activation {activation!r}; the executor computes silu. Serve this model without --kt-gguf."
+            f"config.json asks for the activation {activation!r}; the executor computes silu. "
+            f"Serve this model without --kt-gguf."
         )
     dense_bytes = plan.dense_bytes_at(model_config.dtype.itemsize)
     check_memory({"routed experts": plan.expert_bytes, "dense weights": dense_bytes}, available_host_memory())
@@ -119,6 +117,3 @@ def log_plan(plan: CheckpointPlan) -> None:
         reasons.setdefault(reason, []).append(name)
     for reason, names in reasons.items():
         logger.info("kt_vllm: %d tensors of the GGUF are not used: %s (e.g. %s)", len(names), reason, names[0])
-
-
-__all__: list[Any] = ["check", "log_plan", "prepare"]

@@ -19,7 +19,7 @@ from kt_vllm.config import KTConfig
 from kt_vllm.errors import ConfigError, GGUFError
 from kt_vllm.executor import CPUExpertExecutor
 from kt_vllm.gguf.reader import GGUFModel
-from kt_vllm.layer import KTMoEMethod
+from kt_vllm.layer import KTMoEMethod, KTRoutedExperts
 
 logger = init_logger(__name__)
 
@@ -81,7 +81,7 @@ class KTModelLoader(BaseModelLoader):
 
 def _moe_methods(model: nn.Module) -> list[KTMoEMethod]:
     """Our methods in this process's part of the model, in layer order."""
-    methods = [module.quant_method for module in model.modules() if hasattr(module, "quant_method")]
+    methods = [module.quant_method for module in model.modules() if isinstance(module, KTRoutedExperts)]
     return [method for method in methods if isinstance(method, KTMoEMethod)]
 
 

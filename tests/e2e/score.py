@@ -5,6 +5,7 @@ A process of its own for each configuration: vLLM holds global state, and its wo
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,8 @@ def main() -> None:
     parser.add_argument("--kt", default="{}", help="more of additional_config['kt'], as JSON")
     args = parser.parse_args()
 
+    # The default asks for most of the machine; the tiny model's cache is small.
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     from vllm import LLM, SamplingParams
 
     tokens = np.load(MODEL_DIR / "eval_tokens.npy")

@@ -1,0 +1,114 @@
+"""What installing the plugin does to vLLM: nothing until --kt-gguf is given. Each check has its own process."""
+
+import subprocess
+import sys
+import textwrap
+
+MODEL = "examples/models/tiny-deepseek-v3"
+
+
+def run(code: str, **env: str) -> str:
+    import os
+
+    process = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+        env={**os.environ, **env},
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+    return process.stdout
+
+
+def test_import_needs_neither_vllm_nor_torch() -> None:
+    run(
+        """
+        import sys
+        import kt_vllm, kt_vllm._native, kt_vllm.config, kt_vllm.args, kt_vllm.families, kt_vllm.checkpoint
+        import kt_vllm.gguf.reader, kt_vllm.plugin, kt_vllm.compat, kt_vllm.cpus, kt_vllm.memory
+        heavy = {"torch", "vllm", "transformers"} & set(sys.modules)
+        assert not heavy, heavy
+        """
+    )
+
+
+def test_registration_is_idempotent_and_starts_nothing() -> None:
+    run(
+        """
+        import threading
+        from vllm.plugins import load_general_plugins
+        load_general_plugins()
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.model_executor.custom_op import op_registry_oot
+        before = EngineArgs.add_cli_args, EngineArgs.from_cli_args.__func__, EngineArgs.create_model_config
+        threads = threading.active_count()
+        from kt_vllm.plugin import register
+        register()
+        register()
+        assert op_registry_oot["RoutedExperts"].__name__ == "KTRoutedExperts"
+        assert before == (EngineArgs.add_cli_args, EngineArgs.from_cli_args.__func__, EngineArgs.create_model_config)
+        assert threading.active_count() == threads
+        """
+    )
+
+
+def test_flags_have_their_own_group_in_help() -> None:
+    out = subprocess.run(
+        [sys.executable, "-m", "kt_vllm.cli", "serve", "--help=KTConfig"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    ).stdout
+    for flag in ("--kt-gguf", "--kt-cpu-infer", "--kt-isa"):
+        assert flag in out
+
+
+_CONFIG = f"""
+    import json
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+    parser = FlexibleArgumentParser()
+    parser = EngineArgs.add_cli_args(parser)
+    args = parser.parse_args(["--model", "{MODEL}", "--max-model-len", "512"])
+    config = EngineArgs.from_cli_args(args).create_engine_config()
+    for key in ("kt_gguf", "kt_cpu_infer", "kt_isa"):
+        assert not hasattr(args, key)
+    print("CONFIG", config.load_config.load_format, config.model_config.config_format, config.additional_config,
+          sorted(config.compilation_config.custom_ops))
+"""
+
+
+def test_inactive_without_flags() -> None:
+    """The same engine configuration as with the plugin disabled by VLLM_PLUGINS."""
+
+    def config_line(**env: str) -> str:
+        return next(line for line in run(_CONFIG, **env).splitlines() if line.startswith("CONFIG"))
+
+    assert config_line() == config_line(VLLM_PLUGINS="none")
+
+
+def test_layers_are_stock_without_flags_and_ours_with_them() -> None:
+    """RoutedExperts of every mixture-of-experts family, built by vLLM's own model code (see build_models.py)."""
+    out = run("import runpy; runpy.run_module('tests.unit.build_models', run_name='__main__')")
+    assert out.count("OK ") == 10, out
+
+
+def test_unknown_vllm_release_is_refused() -> None:
+    run(
+        """
+        import vllm
+        from kt_vllm import compat
+        from kt_vllm.errors import KTError
+        cases = {"0.31.9": False, "0.32.0": True, "0.33.1": True, "0.34.0": False, "dev": True}
+        for version, accepted in cases.items():
+            vllm.__version__ = version
+            try:
+                compat.check_vllm_version()
+                assert accepted, version
+            except KTError as error:
+                assert not accepted and version in str(error)
+        """
+    )

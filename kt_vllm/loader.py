@@ -1,9 +1,7 @@
 """Loads a GGUF: dense tensors into vLLM's model, routed experts into the executor, both at once, complete both ways."""
 
 import time
-from collections.abc import Iterator
 
-import torch
 from torch import nn
 from tqdm import tqdm
 from vllm.config import ModelConfig, VllmConfig, get_current_vllm_config
@@ -11,7 +9,7 @@ from vllm.config.load import LoadConfig
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
-from vllm.model_executor.models.utils import extract_layer_index
+from vllm.model_executor.models.utils import extract_layer_index, is_pp_missing_parameter
 
 from kt_vllm import _native
 from kt_vllm.checkpoint import CheckpointPlan, iter_dense
@@ -57,7 +55,13 @@ class KTModelLoader(BaseModelLoader):
             with self._progress_bar(plan, methods) as bar:
                 if executor is not None:
                     executor.native.start_loading()
-                loaded = set(model.load_weights(_with_progress(plan, model_config.dtype, bar)))
+                dense = iter_dense(
+                    plan,
+                    model_config.dtype,
+                    wanted=lambda name: not is_pp_missing_parameter(name, model),
+                    on_bytes=bar.update,
+                )
+                loaded = set(model.load_weights(dense))
                 if executor is not None:
                     _finish_experts(executor, bar)
         except BaseException:
@@ -69,7 +73,7 @@ class KTModelLoader(BaseModelLoader):
     def _progress_bar(self, plan: CheckpointPlan, methods: list[KTMoEMethod]) -> tqdm:
         expert_bytes = sum(plan.experts[extract_layer_index(method.layer_name)].nbytes for method in methods)
         return tqdm(
-            total=plan.dense_bytes + expert_bytes,
+            total=plan.dense_file_bytes + expert_bytes,
             desc="Loading GGUF",
             unit="B",
             unit_scale=True,
@@ -99,12 +103,6 @@ def _make_executor(
     logger.info("kt_vllm: experts of %d layers run here. %s", len(methods), executor.native.isa_reason)
     logger.info("kt_vllm: %s", executor.native.placement_report)
     return executor
-
-
-def _with_progress(plan: CheckpointPlan, dtype: torch.dtype, bar: tqdm) -> Iterator[tuple[str, torch.Tensor]]:
-    for hf_name, tensor, nbytes in iter_dense(plan, dtype):
-        yield hf_name, tensor
-        bar.update(nbytes)
 
 
 def _finish_experts(executor: CPUExpertExecutor, bar: tqdm) -> None:

@@ -1,0 +1,63 @@
+// Scalar conversions among float32, float16 and bfloat16, in plain integer arithmetic.
+// `static inline`: files compiled for an instruction set include this, and each must keep its own copy.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace kt {
+
+static inline uint32_t float_to_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+static inline float bits_to_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// bytes: [2], any alignment, little endian as in a GGUF file.
+static inline uint16_t load_u16(const uint8_t* bytes) { return static_cast<uint16_t>(bytes[0] | (bytes[1] << 8)); }
+
+static inline float f16_to_f32(uint16_t half) {
+  const uint32_t sign = (half & 0x8000u) << 16;
+  const uint32_t exponent = (half >> 10) & 0x1fu;
+  const uint32_t mantissa = half & 0x3ffu;
+  if (exponent == 31) return bits_to_float(sign | 0x7f800000u | (mantissa << 13));
+  if (exponent == 0) {  // zero or subnormal: mantissa * 2^-24, exact in float32
+    const float magnitude = static_cast<float>(mantissa) * 0x1p-24f;
+    return bits_to_float(sign | float_to_bits(magnitude));
+  }
+  return bits_to_float(sign | ((exponent + 112) << 23) | (mantissa << 13));  // 112 = 127 - 15, the biases
+}
+
+// Rounds to nearest even; overflow gives infinity, NaN stays NaN.
+static inline uint16_t f32_to_f16(float value) {
+  const uint32_t bits = float_to_bits(value);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  uint32_t magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u | ((magnitude >> 13) & 0x3ffu));
+  if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // 65520: half way past the largest
+  if (magnitude < 0x38800000u) {                                               // under 2^-14: subnormal half
+    // One ulp of a float in [0.5, 1) is 2^-24, the step of subnormal halves, so this addition does the rounding.
+    const uint32_t rounded = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u;
+    return static_cast<uint16_t>(sign | rounded);
+  }
+  magnitude -= 112u << 23;
+  magnitude += 0xfffu + ((magnitude >> 13) & 1u);
+  return static_cast<uint16_t>(sign | (magnitude >> 13));
+}
+
+static inline float bf16_to_f32(uint16_t value) { return bits_to_float(static_cast<uint32_t>(value) << 16); }
+
+// Rounds to nearest even; NaN stays NaN.
+static inline uint16_t f32_to_bf16(float value) {
+  const uint32_t bits = float_to_bits(value);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);
+  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+}  // namespace kt

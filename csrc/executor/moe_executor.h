@@ -30,12 +30,14 @@ class MoEExecutor {
 
   const char* isa() const;
   const std::string& isa_reason() const;
+  const std::string& placement_report() const;  // one line: which CPUs the workers are pinned to, and why not where not
 
   // Checks shapes, types and file sizes; reads nothing yet. Returns the layer's index. Throws kt::Error.
   int add_layer(const MoELayerSpec& spec);
 
-  // Reads all layers added since the last call with all worker threads, each byte once, straight into its final place.
-  // Returns at once; load_progress() rethrows the first error. cancel_loading() returns when no worker reads any more.
+  // Reads all layers not loaded yet with all worker threads, each byte once, straight into its final place.
+  // Returns at once; load_progress() throws the first error, also that loading was cancelled. cancel_loading() returns
+  // when no worker reads any more. After an error or a cancel start_loading() begins again.
   void start_loading();
   LoadProgress load_progress();
   void cancel_loading();

@@ -1,0 +1,160 @@
+// The Python module kt_vllm._native: check, fill plain data, release the GIL where a call may block, call.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "check.h"
+#include "executor/moe_executor.h"
+#include "gguf/dequantize.h"
+#include "gguf/ggml_type.h"
+#include "kernels/cpu_features.h"
+#include "kernels/dispatch.h"
+
+namespace py = pybind11;
+using py::literals::operator""_a;
+
+namespace {
+
+using Span = std::tuple<std::string, uint64_t, uint64_t>;
+using Unlocked = py::call_guard<py::gil_scoped_release>;
+
+kt::ExpertTensor make_tensor(const std::string& type, std::tuple<int, int, int> shape, const std::vector<Span>& spans) {
+  kt::ExpertTensor tensor{
+      kt::ggml_type_info(type).type, std::get<0>(shape), std::get<1>(shape), std::get<2>(shape), {}};
+  for (const auto& [path, offset, bytes] : spans) tensor.spans.push_back({path, offset, bytes});
+  return tensor;
+}
+
+kt::FloatType float_type(const std::string& name) {
+  if (name == "float32") return kt::FloatType::F32;
+  if (name == "float16") return kt::FloatType::F16;
+  if (name == "bfloat16") return kt::FloatType::BF16;
+  kt::fail("float_type is \"", name, "\", expected \"float32\", \"float16\" or \"bfloat16\"");
+}
+
+// Adds to MoEExecutor that it can be closed.
+class Executor {
+ public:
+  Executor(std::string isa, std::vector<int> cpus, int max_num_tokens)
+      : executor_(
+            std::make_unique<kt::MoEExecutor>(kt::ExecutorOptions{std::move(isa), std::move(cpus), max_num_tokens})) {}
+
+  kt::MoEExecutor& get() const {
+    KT_CHECK(executor_ != nullptr, "the executor is closed; create another");
+    return *executor_;
+  }
+
+  void close() { executor_.reset(); }
+
+  void submit(int layer, uintptr_t hidden_states, uintptr_t topk_ids, uintptr_t topk_weights, uintptr_t output,
+              const std::string& type, int num_tokens, int top_k) const {
+    get().submit(layer, {.hidden_states = reinterpret_cast<const void*>(hidden_states),
+                         .topk_ids = reinterpret_cast<const int32_t*>(topk_ids),
+                         .topk_weights = reinterpret_cast<const float*>(topk_weights),
+                         .output = reinterpret_cast<void*>(output),
+                         .float_type = float_type(type),
+                         .num_tokens = num_tokens,
+                         .top_k = top_k});
+  }
+
+ private:
+  std::unique_ptr<kt::MoEExecutor> executor_;
+};
+
+std::vector<std::string> isas(uint32_t features) {
+  std::vector<std::string> names;
+  for (const kt::KernelTable* table : kt::kernel_tables())
+    if ((table->required_features & ~features) == 0) names.emplace_back(table->isa);
+  return names;
+}
+
+const kt::KernelTable& find_table(const std::string& isa) {
+  for (const kt::KernelTable* table : kt::kernel_tables())
+    if (isa == table->isa) return *table;
+  kt::fail("isa is \"", isa, "\", expected one of isas()");
+}
+
+std::vector<std::string> supported_types(const std::string& isa) {
+  const kt::KernelTable& table = find_table(isa);
+  std::vector<std::string> names;
+  for (int i = 0; i < table.num_types; ++i) names.emplace_back(kt::ggml_type_info(table.types[i].type).name);
+  return names;
+}
+
+py::dict type_sizes() {
+  py::dict sizes;
+  int count = 0;
+  const kt::GgmlTypeInfo* types = kt::ggml_types(&count);
+  for (int i = 0; i < count; ++i) sizes[types[i].name] = py::make_tuple(types[i].block_size, types[i].block_bytes);
+  return sizes;
+}
+
+py::array_t<float> dequantize(const std::string& type, const py::array_t<uint8_t, py::array::c_style>& data) {
+  const kt::GgmlTypeInfo& info = kt::ggml_type_info(type);
+  const size_t bytes = static_cast<size_t>(data.nbytes());
+  KT_CHECK(data.ndim() == 1 && bytes % info.block_bytes == 0, "data has ", data.ndim(), " dimensions and ", bytes,
+           " bytes, expected one dimension and whole blocks of ", info.block_bytes, " bytes for type ", info.name);
+  const int64_t num_weights = static_cast<int64_t>(bytes / info.block_bytes) * info.block_size;
+  py::array_t<float> output(num_weights);
+  const uint8_t* blocks = data.data();
+  float* weights = output.mutable_data();
+  const py::gil_scoped_release unlocked;
+  kt::dequantize(info.type, blocks, num_weights, weights);
+  return output;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "The C++ core of kt_vllm; see _native.pyi.";
+  py::register_exception<kt::Error>(m, "NativeError", PyExc_ValueError);
+
+  py::class_<kt::ExpertTensor>(m, "ExpertTensor").def(py::init(&make_tensor), "type"_a, "shape"_a, "spans"_a);
+
+  py::class_<Executor>(m, "Executor")
+      .def(py::init<std::string, std::vector<int>, int>(), py::kw_only(), "isa"_a, "cpus"_a, "max_num_tokens"_a,
+           Unlocked())
+      .def_property_readonly("isa", [](const Executor& self) { return self.get().isa(); })
+      .def_property_readonly("isa_reason", [](const Executor& self) { return self.get().isa_reason(); })
+      .def_property_readonly("placement_report", [](const Executor& self) { return self.get().placement_report(); })
+      .def_property_readonly("num_invalid_ids", [](const Executor& self) { return self.get().num_invalid_ids(); })
+      .def(
+          "add_layer",
+          [](const Executor& self, const kt::ExpertTensor& gate, const kt::ExpertTensor& up,
+             const kt::ExpertTensor& down) { return self.get().add_layer({gate, up, down}); },
+          "gate"_a, "up"_a, "down"_a, Unlocked())
+      .def(
+          "start_loading", [](const Executor& self) { self.get().start_loading(); }, Unlocked())
+      .def("load_progress",
+           [](const Executor& self) {
+             const kt::LoadProgress progress = self.get().load_progress();
+             return py::make_tuple(progress.bytes_done, progress.bytes_total, progress.finished);
+           })
+      .def(
+          "cancel_loading", [](const Executor& self) { self.get().cancel_loading(); }, Unlocked())
+      // Keeps the GIL: it does not block, and to get the GIL back can take a whole switch interval (5 ms).
+      .def("submit", &Executor::submit, "layer"_a, "hidden_states"_a, "topk_ids"_a, "topk_weights"_a, "output"_a,
+           "float_type"_a, "num_tokens"_a, "top_k"_a)
+      .def(
+          "wait", [](const Executor& self) { self.get().wait(); }, Unlocked())
+      .def("close", &Executor::close, Unlocked());
+
+  m.def("isas", [] { return isas(~0u); });
+  m.def("available_isas", [] { return isas(kt::detect_cpu_features()); });
+  m.def(
+      "choose_isa",
+      [](const std::string& requested) {
+        const kt::KernelChoice choice = kt::choose_kernel_table(requested, kt::detect_cpu_features());
+        return py::make_tuple(choice.table->isa, choice.reason);
+      },
+      "requested"_a);
+  m.def("supported_types", &supported_types, "isa"_a);
+  m.def("type_sizes", &type_sizes);
+  m.def("dequantize", &dequantize, "type"_a, "data"_a);
+}

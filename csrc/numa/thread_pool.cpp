@@ -1,0 +1,190 @@
+#include "numa/thread_pool.h"
+
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdio>
+#include <cstring>
+#include <exception>
+#include <map>
+#include <sstream>
+#include <system_error>
+
+#include "check.h"
+
+namespace kt {
+namespace {
+
+constexpr int kMpolDefault = 0;    // linux/mempolicy.h; libnuma is not a dependency
+constexpr int kMaxCpus = 1 << 16;  // far above any kernel's NR_CPUS (8192)
+
+// The mask type of the C library stops at CPU 1023; the kernel takes any length.
+int set_affinity(const std::vector<unsigned long>& mask) {
+  return syscall(SYS_sched_setaffinity, 0, mask.size() * sizeof(unsigned long), mask.data()) == 0 ? 0 : errno;
+}
+
+int pin_to(int cpu) {
+  constexpr int kBits = 8 * sizeof(unsigned long);
+  std::vector<unsigned long> mask(cpu / kBits + 1, 0);
+  mask[cpu / kBits] = 1UL << (cpu % kBits);
+  const int error = set_affinity(mask);
+  // Not there, or not ours: run wherever this process may, rather than on the one CPU the creator is bound to.
+  if (error != 0) set_affinity(std::vector<unsigned long>(kMaxCpus / kBits, ~0UL));
+  return error;
+}
+
+// "1-3,8"
+std::string cpu_list(std::vector<int> cpus) {
+  std::sort(cpus.begin(), cpus.end());
+  cpus.erase(std::unique(cpus.begin(), cpus.end()), cpus.end());
+  std::ostringstream text;
+  for (size_t i = 0; i < cpus.size();) {
+    size_t last = i;
+    while (last + 1 < cpus.size() && cpus[last + 1] == cpus[last] + 1) ++last;
+    text << (i == 0 ? "" : ",") << cpus[i];
+    if (last > i) text << '-' << cpus[last];
+    i = last + 1;
+  }
+  return text.str();
+}
+
+bool repeats(std::vector<int> cpus) {
+  std::sort(cpus.begin(), cpus.end());
+  return std::adjacent_find(cpus.begin(), cpus.end()) != cpus.end();
+}
+
+}  // namespace
+
+ThreadPool::ThreadPool(const std::vector<int>& cpus)
+    : cpus_(cpus),
+      // Two workers on one CPU: who spins keeps the other from running.
+      spin_ns_(repeats(cpus) ? 0 : kSpinNanoseconds),
+      placements_(cpus.size()) {
+  KT_CHECK(!cpus.empty(), "cpus is empty, expected the logical CPU of each worker thread, at least one");
+  for (int cpu : cpus)
+    KT_CHECK(cpu >= 0 && cpu < kMaxCpus, "cpus has ", cpu, ", expected logical CPU numbers (see /proc/cpuinfo)");
+
+  sigset_t all, before;  // inherited, so that no signal of the process is ever handled on a worker
+  sigfillset(&all);
+  pthread_sigmask(SIG_SETMASK, &all, &before);
+  started_ = 1;  // being placed counts as the first job
+  threads_.reserve(cpus.size());
+  try {
+    for (int worker = 0; worker < num_workers(); ++worker) threads_.emplace_back(&ThreadPool::main, this, worker);
+  } catch (const std::system_error& error) {
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    stop();
+    fail("worker thread ", threads_.size() + 1, " of ", cpus.size(), " could not be created (", error.what(),
+         "); ask for fewer threads or raise the limit (ulimit -u)");
+  }
+  pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  wait();
+  placement_report_ = describe_placement();
+}
+
+ThreadPool::~ThreadPool() {
+  while (!done()) finished_.wait_change(started_ - 1, 0);
+  stop();
+}
+
+void ThreadPool::stop() {
+  stopping_ = true;
+  phase_starts_.advance();
+  for (std::thread& thread : threads_) thread.join();
+}
+
+void ThreadPool::start(Job* job, int first_phase) {
+  KT_CHECK(done(), "a job is started while another is running");
+  job_ = job;
+  phase_ = first_phase;
+  ++started_;
+  phase_starts_.advance();
+}
+
+void ThreadPool::wait() {
+  while (!done()) finished_.wait_change(started_ - 1, spin_ns_);
+  if (!failed_.load(std::memory_order_relaxed)) return;
+  failed_.store(false, std::memory_order_relaxed);
+  fail("a worker thread failed: ", error_);
+}
+
+void ThreadPool::main(int worker) {
+  char name[16];  // the kernel's limit
+  std::snprintf(name, sizeof(name), "kt-worker-%d", worker);
+  pthread_setname_np(pthread_self(), name);
+  placements_[worker].pin_error = pin_to(cpus_[worker]);
+  placements_[worker].policy_error = syscall(SYS_set_mempolicy, kMpolDefault, nullptr, 0) == 0 ? 0 : errno;
+
+  uint32_t seen = 0;
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == num_workers()) {
+    arrived_.store(0, std::memory_order_relaxed);
+    finished_.advance();
+  }
+  for (;;) {
+    seen = phase_starts_.wait_change(seen, spin_ns_);
+    if (stopping_) return;
+    run_phase(worker);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == num_workers()) finish_phase();
+  }
+}
+
+void ThreadPool::run_phase(int worker) {
+  try {
+    job_->run(phase_, worker);
+  } catch (const std::exception& error) {
+    record_error(error.what());
+  } catch (...) {
+    record_error("unknown exception");
+  }
+}
+
+// Runs on the worker that arrives last; all others wait for phase_starts_, so everything here is its own.
+void ThreadPool::finish_phase() {
+  arrived_.store(0, std::memory_order_relaxed);
+  int next = kDone;
+  try {
+    if (!failed_.load(std::memory_order_relaxed)) next = job_->next_phase(phase_);
+  } catch (const std::exception& error) {
+    record_error(error.what());
+  }
+  phase_ = next;
+  if (next == kDone)
+    finished_.advance();
+  else
+    phase_starts_.advance();
+}
+
+void ThreadPool::record_error(const char* what) {
+  if (!failed_.exchange(true, std::memory_order_relaxed)) error_ = what;
+}
+
+std::string ThreadPool::describe_placement() const {
+  std::vector<int> pinned;
+  std::map<int, std::vector<int>> refused;  // errno -> CPUs
+  int policy_error = 0;
+  for (int worker = 0; worker < num_workers(); ++worker) {
+    const Placement& placement = placements_[worker];
+    if (placement.pin_error == 0)
+      pinned.push_back(cpus_[worker]);
+    else
+      refused[placement.pin_error].push_back(cpus_[worker]);
+    if (placement.policy_error != 0) policy_error = placement.policy_error;
+  }
+  std::ostringstream text;
+  text << "pinned " << pinned.size() << (pinned.size() == 1 ? " thread" : " threads");
+  if (!pinned.empty()) text << (repeats(pinned) || pinned.size() > 1 ? " to CPUs " : " to CPU ") << cpu_list(pinned);
+  for (const auto& [error, cpus] : refused)
+    text << "; " << cpus.size() << " not pinned to CPUs " << cpu_list(cpus) << " (" << std::strerror(error)
+         << "): the scheduler places them";
+  if (policy_error != 0)
+    text << "; memory policy not reset (" << std::strerror(policy_error)
+         << "): pages go where the creator's policy says";
+  return text.str();
+}
+
+}  // namespace kt

@@ -1,0 +1,45 @@
+"""What every test may ask for: the shipped model, and markers for what this machine may lack."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _cpu_flags() -> set[str]:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("flags"):
+            return set(line.split(":", 1)[1].split())
+    return set()
+
+
+def _missing() -> dict[str, str]:
+    """Marker -> why its tests cannot run here. Imports neither torch nor vLLM: that would take seconds."""
+    missing = {}
+    if not Path("/proc/driver/nvidia/version").exists():
+        missing["gpu"] = "no NVIDIA driver"
+    if not {"amx_tile", "amx_int8"} <= _cpu_flags():
+        missing["amx"] = "the CPU has no AMX"
+    if importlib.util.find_spec("vllm") is None:
+        missing["e2e"] = "vLLM is not installed"
+    return missing
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    missing = _missing()
+    for item in items:
+        for marker, reason in missing.items():
+            if marker in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Path:
+    return ROOT / "examples" / "models" / "tiny-deepseek-v3"
+
+
+@pytest.fixture(scope="session")
+def tiny_gguf(tiny_model: Path) -> Path:
+    return tiny_model / "tiny-deepseek-v3-Q4_K_M.gguf"

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PretrainedConfig
-from vllm.logger import init_logger
 from vllm.transformers_utils.config import HFConfigParser
+
+from kt_vllm.log import init_logger
 
 logger = init_logger(__name__)
 

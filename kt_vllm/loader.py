@@ -7,7 +7,6 @@ from tqdm import tqdm
 from vllm.config import ModelConfig, VllmConfig, get_current_vllm_config
 from vllm.config.load import LoadConfig
 from vllm.distributed import get_tensor_model_parallel_rank
-from vllm.logger import init_logger
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.models.utils import extract_layer_index, is_pp_missing_parameter
 
@@ -18,6 +17,7 @@ from kt_vllm.errors import ConfigError, GGUFError
 from kt_vllm.executor import CPUExpertExecutor
 from kt_vllm.gguf.reader import GGUFModel
 from kt_vllm.layer import KTMoEMethod, KTRoutedExperts
+from kt_vllm.log import init_logger
 
 logger = init_logger(__name__)
 

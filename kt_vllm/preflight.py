@@ -6,7 +6,6 @@ prepare() runs before vLLM reads config.json, check() after.
 import dataclasses
 from typing import TYPE_CHECKING
 
-from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from kt_vllm import _native, compat
@@ -17,6 +16,7 @@ from kt_vllm.errors import ConfigError, ResourceError
 from kt_vllm.gguf.reader import GGUFModel
 from kt_vllm.hf_config import CONFIG_FORMAT
 from kt_vllm.loader import LOAD_FORMAT
+from kt_vllm.log import init_logger
 from kt_vllm.memory import available_host_memory, check_memory
 
 if TYPE_CHECKING:

@@ -107,20 +107,25 @@ struct Activations {
   std::vector<float> scales;   // [num_rows, k]: the step of each; 0 for float32 rows
 };
 
+inline float scale_at(ActivationFormat format, const uint8_t* blocks, int i) {
+  return format == ActivationFormat::INT8_32 ? reinterpret_cast<const ActivationBlock32*>(blocks)[i / 32].scale
+                                             : reinterpret_cast<const ActivationBlock256*>(blocks)[i / 256].scale;
+}
+
+inline int quant_at(ActivationFormat format, const uint8_t* blocks, int i) {
+  return format == ActivationFormat::INT8_32 ? reinterpret_cast<const ActivationBlock32*>(blocks)[i / 32].q[i % 32]
+                                             : reinterpret_cast<const ActivationBlock256*>(blocks)[i / 256].q[i % 256];
+}
+
 // blocks: k activations. decoded, scales: [k].
 inline void decode_activations(ActivationFormat format, const uint8_t* blocks, int k, float* decoded, float* scales) {
   for (int i = 0; i < k; ++i) {
     if (format == ActivationFormat::F32) {
       std::memcpy(decoded + i, blocks + 4 * static_cast<size_t>(i), 4);
       scales[i] = 0;
-    } else if (format == ActivationFormat::INT8_32) {
-      const auto* block = reinterpret_cast<const ActivationBlock32*>(blocks) + i / 32;
-      scales[i] = block->scale;
-      decoded[i] = block->scale * static_cast<float>(block->q[i % 32]);
     } else {
-      const auto* block = reinterpret_cast<const ActivationBlock256*>(blocks) + i / 256;
-      scales[i] = block->scale;
-      decoded[i] = block->scale * static_cast<float>(block->q[i % 256]);
+      scales[i] = scale_at(format, blocks, i);
+      decoded[i] = scales[i] * static_cast<float>(quant_at(format, blocks, i));
     }
   }
 }

@@ -158,6 +158,11 @@ void check_quantised(const std::string& name, const TypeKernels& kernels, const 
     worst.compare(a.decoded[i], x[i], limit, i);
   }
   CHECK_WORST(worst, name);
+  for (int i = 0; i < k && kernels.activation_format != ActivationFormat::F32; ++i) {
+    const int q = quant_at(kernels.activation_format, a.rows, i);
+    CHECK(std::abs(q) <= 127, name << " quant " << i << " is " << q);
+    CHECK(a.scales[i] != 0 || q == 0, name << " quant " << i << " is " << q << " though the scale is 0");
+  }
   if (kernels.activation_format != ActivationFormat::INT8_256) return;
   for (int b = 0; b < k / 256; ++b) {
     const auto* block = reinterpret_cast<const ActivationBlock256*>(a.rows) + b;

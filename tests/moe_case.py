@@ -1,5 +1,8 @@
 """A small MoE layer with random weights in a file, its expected results, and how to run it."""
 
+import itertools
+import os
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -88,17 +91,24 @@ class MoECase:
         return reference.moe_layer(hidden_states, topk_ids, topk_weights, *self.weights)
 
 
-def load(executor: _native.Executor) -> None:
+def worker_cpus(count: int) -> list[int]:
+    """Logical CPUs this process may use, again from the first when there are not that many."""
+    return list(itertools.islice(itertools.cycle(sorted(os.sched_getaffinity(0))), count))
+
+
+def load(executor: _native.Executor, timeout: float = 60) -> None:
     executor.start_loading()
+    deadline = time.monotonic() + timeout
     while not executor.load_progress()[2]:
-        pass
+        assert time.monotonic() < deadline, f"loading stands at {executor.load_progress()}"
+        time.sleep(0.001)
 
 
 def make_executor(
-    *cases: MoECase, isa: str = "reference", cpus: list[int] | None = None, max_num_tokens: int = 512
+    *cases: MoECase, isa: str = "reference", num_workers: int = 2, max_num_tokens: int = 512
 ) -> _native.Executor:
     """An executor with the cases loaded as layers 0, 1, ..."""
-    executor = _native.Executor(isa=isa, cpus=cpus or [0, 1], max_num_tokens=max_num_tokens)
+    executor = _native.Executor(isa=isa, cpus=worker_cpus(num_workers), max_num_tokens=max_num_tokens)
     for case in cases:
         executor.add_layer(*case.tensors())
     load(executor)

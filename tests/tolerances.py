@@ -3,8 +3,8 @@
 All are relative L2 errors of a whole result: |actual - expected| / |expected|.
 """
 
-# Scalar float32 against float64: sums of at most some thousand products with random signs in partial sums; each rounding
-# is 2^-24 = 6e-8, they add up as a random walk, and three matrices follow one another: below 1e-6. 1e-5 leaves room.
+# Scalar float32 against float64: partial sums of some thousand products with random signs; each rounding is at most
+# 2^-24 = 6e-8, they add up as a random walk, and three matrices follow one another: below 1e-6. 1e-5 leaves room.
 MAX_LAYER_ERROR_REFERENCE = 1e-5
 
 # Activations in int8, one scale a block: the step is max/127, its error uniform with rms max/127/sqrt(12). For normal
@@ -12,8 +12,7 @@ MAX_LAYER_ERROR_REFERENCE = 1e-5
 # quantises a peakier row (about 1 %). In quadrature 1.3 %.
 MAX_LAYER_ERROR_INT8_ACTIVATIONS = 0.015
 
-# Float kernels that sum in another order than the scalar ones, with the bound of MAX_LAYER_ERROR_REFERENCE; exp() may be
-# a polynomial of some 2e-7.
+# Vectorised float32: the scalar kernels' sums in another order, bounded alike; exp() may be a polynomial of some 2e-7.
 MAX_LAYER_ERROR_FLOAT_ACTIVATIONS = 1e-5
 
 # Rounding the result: half a unit in the last place is 2^-9 for bfloat16 (8 bits of significand) and 2^-12 for float16

@@ -5,12 +5,15 @@
 
 namespace kt {
 
+namespace avx2 {
+extern const KernelTable kTable;
+}
 namespace reference {
 extern const KernelTable kTable;
 }
 
 const std::vector<const KernelTable*>& kernel_tables() {
-  static const std::vector<const KernelTable*> tables = {&reference::kTable};
+  static const std::vector<const KernelTable*> tables = {&avx2::kTable, &reference::kTable};
   return tables;
 }
 

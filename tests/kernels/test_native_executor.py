@@ -4,9 +4,15 @@ import numpy as np
 import pytest
 
 from kt_vllm import _native
-from tests.compare import assert_close_to_reference, assert_same_bits
+from tests.compare import assert_close_to_reference, assert_same_bits, relative_l2
 from tests.moe_case import MoECase, from_bits, make_executor, run, to_bits
-from tests.tolerances import max_layer_error
+from tests.tolerances import (
+    INT8_BLOCKS,
+    MAX_LAYER_ERROR_SAME_QUANTS,
+    SAME_QUANTS_QUANTILE,
+    int8_blocks,
+    max_layer_error,
+)
 
 ISAS = _native.available_isas()
 ISA_TYPES = [(isa, type) for isa in ISAS for type in _native.supported_types(isa)]
@@ -47,6 +53,18 @@ def test_mixed_types(tmp_path, isa, types):
     executor = make_executor(case, isa=isa)
     for num_tokens in (1, 6, 40):
         check(executor, case, case.inputs(num_tokens), isa)
+
+
+@pytest.mark.parametrize("types", [(type,) * 3 for type in ("Q8_0", "Q4_K", "Q5_K", "Q6_K")] + MIXES, ids="-".join)
+@pytest.mark.parametrize("isa", [isa for isa in ISAS if isa in INT8_BLOCKS])
+def test_nothing_but_the_activations_is_rounded(tmp_path, isa, types):
+    case = MoECase(tmp_path / "experts", types)
+    inputs = case.inputs(100)
+    actual = run(make_executor(case, isa=isa), *inputs)
+    expected = case.expected(*inputs, int8_blocks=int8_blocks(isa, types))
+    errors = [relative_l2(*pair) for pair in zip(actual, expected, strict=True)]
+    assert np.quantile(errors, SAME_QUANTS_QUANTILE) <= MAX_LAYER_ERROR_SAME_QUANTS
+    assert max(errors) <= max_layer_error(isa, types)
 
 
 @pytest.mark.parametrize("float_type", ["float32", "float16", "bfloat16"])

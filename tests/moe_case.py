@@ -1,5 +1,8 @@
 """A small MoE layer with random weights in a file, its expected results, and how to run it."""
 
+import itertools
+import os
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,22 +12,27 @@ from numpy.typing import NDArray
 
 from kt_vllm import _native, reference
 
-# Where a block keeps its float16 scales, in halves from its start (ggml-common.h). Other bytes may be anything.
-_SCALES_AT = {"Q8_0": [0], "Q4_K": [0, 1], "Q5_K": [0, 1], "Q6_K": [104]}
-# Scale that gives weights of about unit size: quants reach 127, 63 x 15, 63 x 31 and 127 x 31.
-_SCALE = {"Q8_0": 1 / 70, "Q4_K": 1 / 300, "Q5_K": 1 / 600, "Q6_K": 1 / 1300}
+# The float16 scales of a block: the half they stand at (ggml-common.h), and their size for weights of about unit size
+# with a mean of about 0 (quants of Q4_K have a mean of 7.5, of Q5_K 15.5; mins take it away). Other bytes may be any.
+_SCALES = {
+    "Q8_0": {0: 1 / 74},
+    "Q4_K": {0: 1 / 200, 1: 7.5 / 200},
+    "Q5_K": {0: 1 / 400, 1: 15.5 / 400},
+    "Q6_K": {104: 1 / 1370},
+}
 
 
-def random_weights(type: str, num_weights: int, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Random bytes that decode to finite weights of about unit size."""
+def random_weights(type: str, num_weights: int, rng: np.random.Generator, size: float = 1) -> NDArray[np.uint8]:
+    """Random bytes that decode to weights with a standard deviation of about size."""
     if type in ("F32", "F16", "BF16"):
-        values = rng.standard_normal(num_weights).astype(np.float32)
+        values = (size * rng.standard_normal(num_weights)).astype(np.float32)
         return gguf.quants.quantize(values, gguf.GGMLQuantizationType[type]).view(np.uint8).ravel()
     block_size, block_bytes = _native.type_sizes()[type]
     blocks = rng.integers(0, 256, (num_weights // block_size, block_bytes), dtype=np.uint8)
     halves = blocks.view(np.float16)
-    for column in _SCALES_AT[type]:
-        halves[:, column] = _SCALE[type] * rng.uniform(0.5, 1.5, len(blocks))
+    spread = rng.uniform(0.5, 1.5, len(blocks))
+    for column, scale in _SCALES[type].items():
+        halves[:, column] = size * scale * spread
     return blocks.ravel()
 
 
@@ -62,7 +70,7 @@ class MoECase:
         self.shapes = [(self.num_experts, *shape) for shape in rows_cols]
         self.weights, self.spans, contents = [], [], bytearray()
         for type, shape in zip(self.types, self.shapes, strict=True):
-            data = random_weights(type, int(np.prod(shape)), rng)
+            data = random_weights(type, int(np.prod(shape)), rng, shape[-1] ** -0.5)
             self.weights.append(reference.dequantize(type, data, shape))
             contents += bytes(37)
             count = self.num_experts if self.per_expert else 1
@@ -84,21 +92,28 @@ class MoECase:
         topk_ids = np.where(rng.random((num_tokens, top_k)) < 0.1, -1, skewed).astype(np.int32)
         return hidden_states, topk_ids, rng.random((num_tokens, top_k)).astype(np.float32)
 
-    def expected(self, hidden_states: NDArray, topk_ids: NDArray, topk_weights: NDArray) -> NDArray:
-        return reference.moe_layer(hidden_states, topk_ids, topk_weights, *self.weights)
+    def expected(self, hidden_states: NDArray, topk_ids: NDArray, topk_weights: NDArray, **options) -> NDArray:
+        return reference.moe_layer(hidden_states, topk_ids, topk_weights, *self.weights, **options)
 
 
-def load(executor: _native.Executor) -> None:
+def worker_cpus(count: int) -> list[int]:
+    """Logical CPUs this process may use, again from the first when there are not that many."""
+    return list(itertools.islice(itertools.cycle(sorted(os.sched_getaffinity(0))), count))
+
+
+def load(executor: _native.Executor, timeout: float = 60) -> None:
     executor.start_loading()
+    deadline = time.monotonic() + timeout
     while not executor.load_progress()[2]:
-        pass
+        assert time.monotonic() < deadline, f"loading stands at {executor.load_progress()}"
+        time.sleep(0.001)
 
 
 def make_executor(
-    *cases: MoECase, isa: str = "reference", cpus: list[int] | None = None, max_num_tokens: int = 512
+    *cases: MoECase, isa: str = "reference", num_workers: int = 2, max_num_tokens: int = 512
 ) -> _native.Executor:
     """An executor with the cases loaded as layers 0, 1, ..."""
-    executor = _native.Executor(isa=isa, cpus=cpus or [0, 1], max_num_tokens=max_num_tokens)
+    executor = _native.Executor(isa=isa, cpus=worker_cpus(num_workers), max_num_tokens=max_num_tokens)
     for case in cases:
         executor.add_layer(*case.tensors())
     load(executor)

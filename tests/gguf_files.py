@@ -4,6 +4,7 @@ import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -34,7 +35,7 @@ class Shape:
     v: int = 64
 
 
-def hf_config(shape: Shape = Shape(), **changes: object) -> dict[str, object]:
+def hf_config(shape: Shape = Shape(), **changes: Any) -> dict[str, object]:
     """config.json of `shape`; a change to None takes the field out."""
     config: dict[str, object] = {
         "model_type": "deepseek_v3",
@@ -61,7 +62,7 @@ def hf_config(shape: Shape = Shape(), **changes: object) -> dict[str, object]:
     return {k: v for k, v in config.items() if v is not None or k == "q_lora_rank"}
 
 
-def gguf_metadata(shape: Shape = Shape(), **changes: object) -> dict[str, object]:
+def gguf_metadata(shape: Shape = Shape(), **changes: Any) -> dict[str, object]:
     """Keys without the architecture; a change to None takes the key out, and __ in its name stands for a dot."""
     metadata: dict[str, object] = {
         "block_count": shape.layers,

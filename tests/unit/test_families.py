@@ -69,7 +69,7 @@ def test_experts_are_those_of_the_gguf_package(family: ModelFamily) -> None:
         (family.experts.up, "mlp.experts.up_proj"),
         (family.experts.down, "mlp.experts.down_proj"),
     ):
-        assert names.get_name(f"model.layers.5.{hf}") + ".weight" == f"blk.5.{gguf_name}"
+        assert f"{names.get_name(f'model.layers.5.{hf}')}.weight" == f"blk.5.{gguf_name}"
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)

@@ -237,11 +237,11 @@ def test_any_byte_changed(tmp_path: Path, change: Callable[[random.Random, int],
     rng = random.Random(2)
     refused = 0
     for i in range(len(data) - 564):
-        for _ in range(4):
+        for _ in range(2):
             damaged = bytearray(data)
             damaged[i] = change(rng, data[i])
             refused += bool(outcome(tmp_path / "m.gguf", bytes(damaged)))
-    assert refused > 300
+    assert refused > 150
 
 
 def test_a_giant_of_zeros_does_not_hang(tmp_path: Path) -> None:

@@ -121,7 +121,12 @@ def test_a_folder_with_one_file_and_a_link(tmp_path: Path) -> None:
 def test_parsed_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parsed = []
     real = header._Parser.parse
-    monkeypatch.setattr(header._Parser, "parse", lambda self: (parsed.append(self.path), real(self))[1])
+
+    def counted(self: header._Parser) -> header.GGUFHeader:
+        parsed.append(self.path)
+        return real(self)
+
+    monkeypatch.setattr(header._Parser, "parse", counted)
     path = files.write(tmp_path / "m.gguf", files.random_tensors())
     first = GGUFModel.open(str(path))
     assert GGUFModel.open(str(tmp_path)).tensors == first.tensors

@@ -317,7 +317,7 @@ class _Builder:
                 )
 
     def check_complete(self, have: set[str]) -> None:
-        """Names a tensor that is missing: a global one, or one that other layers of its kind have.
+        """Names a tensor that is missing: a global one, or one that other layers have.
 
         have: names of the parameters that were made. What no layer has is found when vLLM's model is loaded.
         """
@@ -329,11 +329,13 @@ class _Builder:
                     "it again"
                 )
         prefixes = [self.family.layer_prefix.format(layer=i) for i in range(self.num_layers)]
-        for kind in (self.moe_layers, frozenset(range(self.num_layers)) - self.moe_layers):
-            for rule in self.family.layer_names:
-                lacking = [i for i in sorted(kind) if prefixes[i] + rule.hf not in have]
-                if lacking and len(lacking) < len(kind):
-                    raise GGUFError(
-                        f"{self.model.path!r} has no tensor 'blk.{lacking[0]}.{rule.gguf[0]}', and other layers have "
-                        "theirs: the file is incomplete; download or convert it again"
-                    )
+        every = frozenset(range(self.num_layers))
+        kinds = {"all": every, "moe": self.moe_layers, "dense": every - self.moe_layers}
+        for rule in self.family.layer_names:
+            kind = sorted(kinds[rule.layers])
+            lacking = [i for i in kind if prefixes[i] + rule.hf not in have]
+            if lacking and len(lacking) < len(kind):
+                raise GGUFError(
+                    f"{self.model.path!r} has no tensor 'blk.{lacking[0]}.{rule.gguf[0]}', and other layers have "
+                    "theirs: the file is incomplete; download or convert it again"
+                )

@@ -15,8 +15,8 @@ class DenseName:
 
     transform: a key of kt_vllm.gguf.dense.TRANSFORMS, called with the sources in order; keep_float32: the model
     computes with it in float32, so that it must not be rounded to the model's type on the way; shape: the config.json
-    fields it is shaped by, where that is simple. Of several entries with one `hf`, the first whose sources are all
-    there is used.
+    fields it is shaped by, where that is simple; layers: which layers have it if any has, "all", "moe" or "dense". Of
+    several entries with one `hf`, the first whose sources are all there is used.
     """
 
     gguf: tuple[str, ...]
@@ -24,6 +24,7 @@ class DenseName:
     transform: str = "copy"
     keep_float32: bool = False
     shape: tuple[str, ...] | None = None
+    layers: str = "all"
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,13 @@ class ModelFamily:
     layer_prefix: str = "model.layers.{layer}."
 
 
-def _same(gguf: str, hf: str, *shape: str, keep_float32: bool = False) -> DenseName:
-    return DenseName((gguf,), hf, keep_float32=keep_float32, shape=shape or None)
+def _same(gguf: str, hf: str, *shape: str, keep_float32: bool = False, layers: str = "all") -> DenseName:
+    return DenseName((gguf,), hf, keep_float32=keep_float32, shape=shape or None, layers=layers)
+
+
+def _router(gguf: str, hf: str, *shape: str) -> DenseName:
+    """vLLM computes the choice of experts in float32."""
+    return _same(gguf, hf, *shape, keep_float32=True, layers="moe")
 
 
 _EMBEDDINGS = (
@@ -155,16 +161,15 @@ _DEEPSEEK2 = ModelFamily(
         DenseName(("attn_k_b.weight", "attn_v_b.weight"), "self_attn.kv_b_proj.weight", "mla_kv_b"),
         _same("attn_output.weight", "self_attn.o_proj.weight"),
         _same("ffn_norm.weight", "post_attention_layernorm.weight", "hidden_size"),
-        _same("ffn_gate.weight", "mlp.gate_proj.weight"),
-        _same("ffn_up.weight", "mlp.up_proj.weight"),
-        _same("ffn_down.weight", "mlp.down_proj.weight"),
-        _same("ffn_gate_inp.weight", "mlp.gate.weight", "n_routed_experts", "hidden_size", keep_float32=True),
-        _same("exp_probs_b.bias", "mlp.gate.e_score_correction_bias", "n_routed_experts", keep_float32=True),
-        # Early DeepSeek-V3 files:
-        _same("exp_probs_b", "mlp.gate.e_score_correction_bias", "n_routed_experts", keep_float32=True),
-        _same("ffn_gate_shexp.weight", "mlp.shared_experts.gate_proj.weight"),
-        _same("ffn_up_shexp.weight", "mlp.shared_experts.up_proj.weight"),
-        _same("ffn_down_shexp.weight", "mlp.shared_experts.down_proj.weight"),
+        _same("ffn_gate.weight", "mlp.gate_proj.weight", layers="dense"),
+        _same("ffn_up.weight", "mlp.up_proj.weight", layers="dense"),
+        _same("ffn_down.weight", "mlp.down_proj.weight", layers="dense"),
+        _router("ffn_gate_inp.weight", "mlp.gate.weight", "n_routed_experts", "hidden_size"),
+        _router("exp_probs_b.bias", "mlp.gate.e_score_correction_bias", "n_routed_experts"),
+        _router("exp_probs_b", "mlp.gate.e_score_correction_bias", "n_routed_experts"),  # early DeepSeek-V3 files
+        _same("ffn_gate_shexp.weight", "mlp.shared_experts.gate_proj.weight", layers="moe"),
+        _same("ffn_up_shexp.weight", "mlp.shared_experts.up_proj.weight", layers="moe"),
+        _same("ffn_down_shexp.weight", "mlp.shared_experts.down_proj.weight", layers="moe"),
     ),
     needs=(NeedsSetting("mlp.gate.e_score_correction_bias", "topk_method", "noaux_tc"),),
     ignored=(

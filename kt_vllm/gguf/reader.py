@@ -105,8 +105,7 @@ def _shard_set(path: str) -> tuple[str, ...]:
     if not 1 <= number <= count:
         raise GGUFError(f"{path!r} cannot be a shard, being number {number} of {count}: restore its name")
     names = [f"{match['stem']}-{i:05d}-of-{count:05d}.gguf" for i in range(1, count + 1)]
-    present = set(os.listdir(folder))
-    missing = [n for n in names if n not in present]
+    missing = [n for n in names if not os.path.exists(os.path.join(folder, n))]
     if missing:
         raise GGUFError(
             f"{len(missing)} of {count} shards missing in {folder!r}: {_listed(missing)}; download them into it"

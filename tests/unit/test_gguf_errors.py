@@ -1,0 +1,258 @@
+"""Every bad file ends in one clear sentence: nothing of the gguf package's own, no hang, no big allocation."""
+
+import os
+import random
+import resource
+import struct
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from gguf.constants import GGUFValueType as T
+
+from kt_vllm.errors import GGUFError
+from kt_vllm.gguf import GGUFModel
+from kt_vllm.gguf.header import _read_header
+from tests import gguf_files as files
+
+
+def refusal(path: Path | str) -> str:
+    """The sentence with which opening ends: one line, not too long, with what to do after a colon or semicolon."""
+    with pytest.raises(GGUFError) as caught:
+        GGUFModel.open(str(path))
+    text = str(caught.value)
+    assert "\n" not in text
+    assert len(text) < 600
+    assert ":" in text or ";" in text
+    assert caught.value.__cause__ is None
+    return text
+
+
+def of_bytes(tmp_path: Path, data: bytes) -> str:
+    (tmp_path / "bad.gguf").write_bytes(data)
+    return refusal(tmp_path / "bad.gguf")
+
+
+def check(text: str, *parts: str) -> None:
+    for part in parts:
+        assert part in text, text
+
+
+@pytest.mark.parametrize(
+    ("data", "parts"),
+    [
+        (b"", ["not a GGUF file", "is empty"]),
+        (b"GG", ["not a GGUF file", "b'GG'"]),
+        (b"hello, world" * 10, ["not a GGUF file", "b'hell'", "b'GGUF'"]),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", ["git-lfs pointer", "git lfs pull"]),
+        (b"<!DOCTYPE html><html>", ["web page", "download the file itself"]),
+        (b"PK\3\4" + bytes(100), ["zip archive or PyTorch"]),
+        (struct.pack("<Q", 90) + b'{"a":' + bytes(100), ["safetensors"]),
+        (bytes(4096), ["zero bytes", "download it again"]),
+        (b"GGUF", ["truncated", "ends after 4 bytes", "the version"]),
+        (files.raw(version=1), ["GGUF version 1", "2 and 3"]),
+        (files.raw(version=9), ["GGUF version 9", "2 and 3"]),
+        (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), ["big-endian", "little-endian", "gguf-convert-endian"]),
+        (files.raw(num_tensors=1 << 60), ["1,152,921,504,606,846,976 tensors", "1,048,576"]),
+        (files.raw(num_keys=1 << 63), ["9,223,372,036,854,775,808 keys"]),
+        (files.raw(num_keys=50_000), ["damaged"]),
+        (files.raw([], num_keys=1), ["truncated", "key ''"]),
+        (files.raw([struct.pack("<Q", 1 << 62)]), ["damaged", "key 0", "128 MiB"]),
+        (files.raw([files.key("a", T.STRING, struct.pack("<Q", (1 << 64) - 8))]), ["damaged", "'a'"]),
+        (files.raw([files.key("a", 13, b"")]), ["damaged", "type 13"]),
+        (files.raw([files.key("a", T.UINT8, b"\1")] * 2), ["damaged", "'a'", "twice"]),
+        (files.raw([files.key("a", T.STRING, files.string(b"\xff\xfe"))]), ["damaged", "UTF-8"]),
+        (files.raw([files.key("a", T.ARRAY, struct.pack("<IQ", T.STRING, 1 << 61))]), ["damaged", "'a'"]),
+        (files.raw([files.key("a", T.ARRAY, struct.pack("<IQ", T.UINT64, 1 << 62))]), ["damaged", "'a'"]),
+        (files.raw([files.key("a", T.ARRAY, struct.pack("<IQ", T.ARRAY, 1) * 50)]), ["damaged", "nested"]),
+        (
+            files.raw([files.key("general.alignment", T.UINT32, struct.pack("<I", 0))]),
+            ["alignment is 0", "power of two"],
+        ),
+        (files.raw([files.key("general.alignment", T.UINT32, struct.pack("<I", 24))]), ["alignment is 24"]),
+        (files.raw([files.key("general.alignment", T.FLOAT32, struct.pack("<f", 32))]), ["alignment is 32.0"]),
+        (
+            files.raw([files.key("a", T.UINT8, b"\1")], [files.entry("t", [4])], data=bytes(16)),
+            ["general.architecture"],
+        ),
+        (files.raw(entries=[files.entry("t", [])]), ["'t'", "0 dimensions", "1 to 4"]),
+        (files.raw(entries=[files.entry("t", [1] * 9)]), ["'t'", "9 dimensions"]),
+        (files.raw(entries=[files.entry("t", [0, 4])]), ["'t'", "impossible shape [4, 0]"]),
+        (files.raw(entries=[files.entry("t", [1 << 32, 1 << 32])]), ["'t'", "impossible shape"]),
+        (files.raw(entries=[files.entry("t", [1 << 33] * 4)]), ["'t'", "impossible shape"]),
+        (files.raw(entries=[files.entry("t", [32], 4)]), ["'t'", "type number 4", "upgrade"]),
+        (files.raw(entries=[files.entry("t", [32], 4_000_000_000)]), ["'t'", "type number 4000000000"]),
+        (files.raw(entries=[files.entry("t", [100], 12)]), ["'t'", "rows of 100", "Q4_K", "multiple of 256"]),
+        (files.raw(entries=[files.entry(b"\xff", [4])]), ["tensor 0", "UTF-8"]),
+        (files.raw(entries=[files.entry("t", [8], 0, 8)], data=bytes(64)), ["'t'", "is at 8", "multiple of 32"]),
+        (files.raw(entries=[files.entry("t", [8])] * 2, data=bytes(64)), ["'t'", "twice"]),
+        (
+            files.raw(entries=[files.entry("t", [16]), files.entry("u", [8], 0, 32)], data=bytes(64)),
+            ["'u'", "overlaps", "'t'"],
+        ),
+        (files.raw(entries=[files.entry("t", [8]), files.entry("u", [8])], data=bytes(64)), ["overlaps"]),
+        (files.raw(entries=[files.entry("t", [8], 0, 1 << 40)], data=bytes(64)), ["damaged", "'t'", "end at byte"]),
+        (files.raw(entries=[files.entry("t", [8], 0, (1 << 64) - 32)], data=bytes(64)), ["damaged", "'t'"]),
+        (files.raw(entries=[files.entry("t", [1 << 40])], data=bytes(64)), ["truncated", "'t'"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_bytes(tmp_path: Path, data: bytes, parts: list[str]) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    check(of_bytes(tmp_path, data), "bad.gguf" if parts[0] != "'t'" else "'t'", *parts)
+    assert time.perf_counter() - start < 2
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10  # KiB
+
+
+def test_a_name_cannot_write_on_the_terminal(tmp_path: Path) -> None:
+    text = of_bytes(tmp_path, files.raw(entries=[files.entry("\x1b[2J\n" + "x" * 5000, [])]))
+    check(text, r"\x1b[2J\nxxx", "xxx...")
+    assert "\x1b" not in text
+
+
+def test_paths(tmp_path: Path) -> None:
+    check(refusal(tmp_path / "none.gguf"), "none.gguf", "does not exist")
+    check(refusal("/m\0.gguf"), r"/m\x00.gguf", "does not exist")
+    os.mkfifo(tmp_path / "pipe.gguf")
+    check(refusal(tmp_path / "pipe.gguf"), "not a regular file")
+    (tmp_path / "link.gguf").symlink_to(tmp_path / "gone")
+    check(refusal(tmp_path / "link.gguf"), "link.gguf", "No such file")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    check(refusal(empty), "no .gguf file", "give one that has")
+    (empty / "Q4_K_M").mkdir()
+    (empty / "Q4_K_M" / "a.gguf").write_bytes(b"")
+    check(refusal(empty), "no .gguf file", "Q4_K_M")
+    (empty / "b.gguf").write_bytes(b"")
+    (empty / "c-00001-of-00002.gguf").write_bytes(b"")
+    (empty / "c-00002-of-00002.gguf").write_bytes(b"")
+    check(refusal(empty), "2 models", "b.gguf, c-0000")
+
+
+def test_an_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = files.write(tmp_path / "m.gguf", files.random_tensors())
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", refuse)
+    check(refusal(path), "m.gguf", "Permission denied")
+
+
+def test_truncated_data_names_the_first_tensor_cut(tmp_path: Path) -> None:
+    path = files.write(tmp_path / "m.gguf", files.random_tensors())
+    tensors = sorted(GGUFModel.open(str(path)).tensors.values(), key=lambda t: t.offset)
+    needed = tensors[-1].offset + tensors[-1].nbytes
+    os.truncate(path, tensors[5].offset + 1)
+    check(refusal(path), "truncated", f"{tensors[5].offset + 1:,}", f"{needed:,}", repr(tensors[5].name))
+
+
+def shards(tmp_path: Path) -> list[Path]:
+    files.write(tmp_path / "m.gguf", files.random_tensors(), split=15)
+    return sorted(tmp_path.glob("m-*.gguf"))
+
+
+def test_missing_shards(tmp_path: Path) -> None:
+    paths = shards(tmp_path)
+    paths[1].unlink()
+    for given in (tmp_path, paths[0], paths[2]):
+        check(refusal(given), f"1 of {len(paths)} shards missing", paths[1].name, "download")
+    check(refusal(paths[1]), "does not exist")
+
+
+def edit(path: Path, old: bytes, new: bytes) -> None:
+    data = path.read_bytes()
+    assert data.count(old) == 1
+    path.write_bytes(data.replace(old, new))
+
+
+def test_shards_that_are_not_one_model(tmp_path: Path) -> None:
+    paths = shards(tmp_path)
+    a, b = paths[1].read_bytes(), paths[2].read_bytes()
+    paths[1].write_bytes(b)
+    paths[2].write_bytes(a)
+    check(refusal(tmp_path), paths[1].name, "split.no is 2", "1 is expected")
+    paths[1].write_bytes(a)
+    paths[2].write_bytes(b)
+    name = next(n for n in files.tensor_shapes() if files.string(n) in b)
+    other = next(n for n in files.tensor_shapes() if files.string(n) in a)
+    edit(paths[2], files.string(name), files.string(other))
+    check(refusal(tmp_path), repr(other), paths[1].name, paths[2].name)
+
+
+def test_split_counts(tmp_path: Path) -> None:
+    paths = shards(tmp_path)
+    total = len(files.tensor_shapes())
+    entry = files.string("split.tensors.count") + struct.pack("<I", T.INT32)
+    edit(paths[0], entry + struct.pack("<i", total), entry + struct.pack("<i", total + 1))
+    check(refusal(tmp_path), f"{total} tensors", f"says {total + 1}")
+    lone = tmp_path / "renamed.gguf"
+    paths[0].rename(lone)
+    check(refusal(lone), f"one of {len(paths)} shards", "one of 1", "-00001-of-")
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    for name in ("p-00001-of-00002.gguf", "p-00002-of-00002.gguf"):
+        files.write(plain / name, files.random_tensors())
+    check(refusal(plain), "one of no shards", "one of 2")
+    odd = tmp_path / "p-00003-of-00002.gguf"
+    odd.write_bytes(b"")
+    check(refusal(odd), "number 3 of 2")
+
+
+def header_of_everything() -> bytes:
+    keys = [
+        files.ARCHITECTURE,
+        files.key("a", T.ARRAY, struct.pack("<IQ", T.STRING, 2) + files.string("x") * 2),
+        files.key("b", T.ARRAY, struct.pack("<IQ3I", T.UINT32, 3, 1, 2, 3)),
+        files.key("c", T.UINT64, bytes(8)),
+    ]
+    entries = [files.entry("t", [32, 2]), files.entry("u", [32, 4, 2], 8, 256), files.entry("v", [5], 0, 544)]
+    return files.raw(keys, entries, data=bytes(544 + 20))
+
+
+def outcome(path: Path, data: bytes) -> str:
+    path.write_bytes(data)
+    _read_header.cache_clear()
+    try:
+        GGUFModel.open(str(path))
+    except GGUFError as e:
+        return str(e)
+    return ""
+
+
+def test_cut_anywhere(tmp_path: Path) -> None:
+    data = header_of_everything()
+    assert outcome(tmp_path / "m.gguf", data) == ""
+    for end in range(len(data)):
+        text = outcome(tmp_path / "m.gguf", data[:end])
+        assert "truncated" in text or (end < 4 and "not a GGUF" in text), (end, text)
+
+
+@pytest.mark.parametrize("change", [lambda r, old: r.randrange(256), lambda r, old: old ^ (1 << r.randrange(8))])
+def test_any_byte_changed(tmp_path: Path, change: Callable[[random.Random, int], int]) -> None:
+    """Opens, or is refused: no other exception, no hang."""
+    data = header_of_everything()
+    rng = random.Random(2)
+    refused = 0
+    for i in range(len(data) - 564):
+        for _ in range(2):
+            damaged = bytearray(data)
+            damaged[i] = change(rng, data[i])
+            refused += bool(outcome(tmp_path / "m.gguf", bytes(damaged)))
+    assert refused > 150
+
+
+def test_a_giant_of_zeros_does_not_hang(tmp_path: Path) -> None:
+    """Counts that the file is long enough for: names of no length, tensors of no size."""
+    for data in (
+        files.raw(num_tensors=1 << 20),
+        files.raw([files.key("a", T.ARRAY, struct.pack("<IQ", T.STRING, 1 << 34))]),
+    ):
+        path = tmp_path / "zeros.gguf"
+        path.write_bytes(data)
+        os.truncate(path, 1 << 40)
+        start = time.perf_counter()
+        check(refusal(path), "damaged")
+        assert time.perf_counter() - start < 2

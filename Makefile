@@ -18,7 +18,7 @@ venv:  ## .venv with vLLM's CPU platform, kt_vllm and its C++ extension; does on
 # $(call ctest,build folder,cmake options)
 define ctest
 	@$(BIN)/cmake -S . -B $(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
-	    -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DKT_BUILD_TESTS=ON $(2) --log-level=WARNING
+	    -DKT_BUILD_TESTS=ON -DKT_BUILD_PYTHON=OFF -DKT_WERROR=ON $(2) --log-level=WARNING
 	@$(BIN)/cmake --build $(1) --parallel $(JOBS) -- --quiet
 	@$(BIN)/ctest --test-dir $(1) --output-on-failure --no-tests=error
 endef

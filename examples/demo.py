@@ -24,8 +24,8 @@ from pathlib import Path
 TINY_MODEL = Path(__file__).resolve().parent / "models" / "tiny-deepseek-v3"
 HOST = "127.0.0.1"
 SERVED_NAME = "demo"
-# vLLM's own shutdown takes 1 to 3 s; the rest is for a busy machine.
-STOP_SECONDS = 15
+# What a server may take to end all its processes; vLLM's takes 1 to 4 s on an idle machine.
+STOP_SECONDS = 10
 
 
 class DemoError(Exception):
@@ -109,11 +109,14 @@ def ended(server: subprocess.Popen[bytes], seconds: float) -> bool:
     return True
 
 
-def stop(server: subprocess.Popen[bytes]) -> bool:
+def stop(server: subprocess.Popen[bytes], serving: bool) -> bool:
     """Returns whether the server, asked politely, ended with all its processes."""
     start = time.monotonic()
-    if server.poll() is None:
+    if serving and server.poll() is None:
         server.send_signal(signal.SIGINT)
+    else:
+        # What Ctrl-C in a terminal does: while it starts, vLLM's first process waits for the others and does not end.
+        signal_all(server.pid, signal.SIGINT)
     polite = ended(server, STOP_SECONDS)
     if not polite:
         print(f"demo: {len(processes_of(server.pid))} processes left after {STOP_SECONDS} s, ending them")
@@ -219,11 +222,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="kt-vllm-demo-") as folder, terminate_as_interrupt():
         log = Path(folder) / "server.log"
         server = None
+        serving = False
         failure = None
         try:
             server = start_server(args, port, log)
             print(f"demo: kt-vllm serve {args.model.name} --kt-gguf {args.gguf.name}, port {port}, pid {server.pid}")
             wait_until_healthy(server, port, log, args.timeout)
+            serving = True
             ask(port, args.prompt, args.message, args.max_tokens)
         except KeyboardInterrupt:
             failure = "interrupted"
@@ -232,7 +237,7 @@ def main() -> int:
         finally:
             # From here to the end a second Ctrl-C must not leave processes behind.
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-            stopped = server is None or stop(server)
+            stopped = server is None or stop(server, serving)
         if failure is not None:
             if failure != "interrupted" and log.is_file():
                 print("\n".join(log.read_text(errors="replace").splitlines()[-40:]))

@@ -151,11 +151,15 @@ def step(title: str) -> Iterator[None]:
 def run(*command: str | Path) -> None:
     """Runs quietly, with the output in LOG."""
     words = [str(word) for word in command]
+    # cmake and ninja come as packages, and the build looks for them on the PATH.
+    environment = os.environ | {"PATH": f"{VENV / 'bin'}{os.pathsep}{os.environ.get('PATH', os.defpath)}"}
     with LOG.open("a+b") as log:
         log.write(f"\n$ {' '.join(words)}\n".encode())
         log.flush()
         start = log.tell()
-        code = subprocess.run(words, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+        code = subprocess.run(
+            words, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False
+        ).returncode
         log.seek(start)
         output = log.read().decode(errors="replace")
     if code != 0:

@@ -40,9 +40,9 @@ inline void prefetch_ahead(const uint8_t* weights) {
     _mm_prefetch(reinterpret_cast<const char*>(ahead + offset), _MM_HINT_T0);
 }
 
-// Rows of weights taken together over all tokens: they stay in the first level cache while each tile of activations is
-// used kRowGroup times.
-constexpr int kRowGroup = 8;
+// Rows of weights taken together over all tokens: they stay in the second level cache while each tile of activations is
+// used kRowGroup times from the first. 4, 8 and 32 measured 19, 8 and 2 % slower at 512 tokens, all the same at few.
+constexpr int kRowGroup = 16;
 
 // One tile: Kernel::template run<T>(weight_row, activations[T], k, sums[T]).
 // The result of a token does not depend on T, so it does not depend on what else is in the batch.

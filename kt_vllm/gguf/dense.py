@@ -29,7 +29,7 @@ DECODABLE_TYPES = frozenset({
 def read_dense(tensor: GGUFTensor, dtype: "torch.dtype | None" = None) -> "torch.Tensor":
     """The tensor's values, [*tensor.shape], as `dtype` (None: float32), rounded to nearest.
 
-    Needs the result, one chunk of bytes and one of float32. Raises GGUFError when the file is no longer as it was.
+    On the CPU. Needs the result and about three chunks. Raises GGUFError when the file is no longer as it was.
     """
     import torch
 
@@ -39,7 +39,7 @@ def read_dense(tensor: GGUFTensor, dtype: "torch.dtype | None" = None) -> "torch
     row_bytes = num_cols // block * block_bytes
     num_rows = tensor.nbytes // row_bytes
     chunk_rows = max(1, CHUNK_BYTES // (4 * num_cols))
-    values = torch.empty(tensor.shape, dtype=dtype or torch.float32)
+    values = torch.empty(tensor.shape, dtype=dtype or torch.float32, device="cpu")  # whatever the default is
     rows = values.view(num_rows, num_cols)
     with _opened(tensor) as file:
         file.seek(tensor.offset)

@@ -200,6 +200,10 @@ def test_multi_token_prediction_layers_are_left_out_with_a_reason(tmp_path: Path
     assert sorted(plan.experts) == [1, 2]
 
 
+def changed(**changes: Any) -> dict[str, object]:
+    return hf_config(SHAPE, **changes)
+
+
 def refusal(tmp_path: Path, **what: Any) -> str:
     with pytest.raises(GGUFError) as caught:
         plan_of(tmp_path, **what)
@@ -230,7 +234,7 @@ def refusal(tmp_path: Path, **what: Any) -> str:
     ],
 )
 def test_config_of_another_model(tmp_path: Path, field: str, value: int | None, key: str, seen: int) -> None:
-    text = refusal(tmp_path, config=hf_config(**{field: value}))
+    text = refusal(tmp_path, config=changed(**{field: value}))
     total = {"qk_nope_head_dim": 96, "q_lora_rank": value or "none"}.get(field, value)
     assert f"deepseek2.{key} = {seen} and config.json has {total}" in text
     assert field in text
@@ -242,20 +246,20 @@ def test_config_of_another_model(tmp_path: Path, field: str, value: int | None, 
 )
 def test_shapes_are_checked_where_metadata_is_silent(tmp_path: Path, field: str, value: int) -> None:
     silent = gguf_metadata(embedding_length=None, expert_count=None, expert_feed_forward_length=None)
-    text = refusal(tmp_path, metadata=silent, config=hf_config(**{field: value}))
+    text = refusal(tmp_path, metadata=silent, config=changed(**{field: value}))
     assert re.search(r"tensor 'blk.1.ffn_gate_exps.weight' has shape \[4, 32, 64\] and \[[\d, ]+\] is expected", text)
     assert str(value) in text
 
 
 @pytest.mark.parametrize("field", ["hidden_size", "n_routed_experts", "num_hidden_layers"])
 def test_config_without_a_field(tmp_path: Path, field: str) -> None:
-    text = refusal(tmp_path, config=hf_config(**{field: None}))
+    text = refusal(tmp_path, config=changed(**{field: None}))
     assert field in text
     assert "none" in text
     text = refusal(
         tmp_path,
         metadata=gguf_metadata(embedding_length=None, expert_count=None, block_count=None),
-        config=hf_config(**{field: None}),
+        config=changed(**{field: None}),
     )
     assert f"config.json has None for {field}" in text
 

@@ -82,6 +82,12 @@ def test_one_dimension_and_rows_longer_than_a_chunk(tmp_path: Path, monkeypatch:
     assert read_dense(tensor).shape == (64,)
 
 
+def test_on_the_cpu_whatever_the_default_device_is(tmp_path: Path) -> None:
+    tensor = of_random_bytes(tmp_path / "t", "Q4_0", (4, 32))
+    with torch.device("meta"):
+        assert read_dense(tensor).device.type == "cpu"
+
+
 def test_the_file_changed_since(tmp_path: Path) -> None:
     tensor = of_random_bytes(tmp_path / "t", "F32", (10, 10))
     os.truncate(tmp_path / "t", 100)

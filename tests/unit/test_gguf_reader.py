@@ -72,12 +72,13 @@ def test_every_kind_of_value(tmp_path: Path) -> None:
 
 
 def test_version_2_and_another_alignment(tmp_path: Path) -> None:
-    keys = [files.ARCHITECTURE, files.key("general.alignment", T.UINT32, struct.pack("<I", 64))]
-    data = files.raw(keys, [files.entry("a", [3]), files.entry("b", [2, 3], 0, 64)], version=2)
-    start = -(-len(data) // 64) * 64
-    (tmp_path / "a.gguf").write_bytes(data.ljust(start, b"\0") + bytes(64 + 24))
+    keys = [files.ARCHITECTURE, files.key("general.alignment", T.UINT32, struct.pack("<I", 256))]
+    data = files.raw(keys, [files.entry("a", [3]), files.entry("b", [2, 3], 0, 256)], version=2)
+    start = -(-len(data) // 256) * 256
+    assert start > len(data)
+    (tmp_path / "a.gguf").write_bytes(data.ljust(start, b"\0") + bytes(256 + 24))
     tensors = GGUFModel.open(str(tmp_path / "a.gguf")).tensors
-    assert [(t.shape, t.offset, t.nbytes) for t in tensors.values()] == [((3,), start, 12), ((3, 2), start + 64, 24)]
+    assert [(t.shape, t.offset, t.nbytes) for t in tensors.values()] == [((3,), start, 12), ((3, 2), start + 256, 24)]
 
 
 @pytest.mark.parametrize("named", ["folder", "first", "middle", "last", "relative", "home"])

@@ -1,0 +1,185 @@
+// Random weights and activations, and their meaning in plain floats.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+
+#include "gguf/block_layouts.h"
+#include "gguf/dequantize.h"
+#include "gguf/float_bits.h"
+#include "kernels/activation_blocks.h"
+#include "kernels/cpu_features.h"
+#include "kernels/dispatch.h"
+#include "test_harness.h"
+
+namespace kt::test {
+
+// The tables this CPU can run.
+inline std::vector<const KernelTable*> runnable_tables() {
+  std::vector<const KernelTable*> tables;
+  for (const KernelTable* table : kernel_tables()) {
+    const uint32_t missing = table->required_features & ~detect_cpu_features();
+    if (missing == 0)
+      tables.push_back(table);
+    else
+      std::cout << "not run: " << table->isa << " (this CPU lacks " << cpu_feature_names(missing) << ")\n";
+  }
+  return tables;
+}
+
+// Where a quantised type keeps its float16 factors and its quants, in bytes from the start of a block.
+struct BlockShape {
+  std::vector<int> factors;
+  int quants_begin, quants_end;
+};
+
+inline BlockShape block_shape(GgmlType type) {
+  switch (type) {
+    case GgmlType::Q8_0:
+      return {{0}, 2, 34};
+    case GgmlType::Q4_K:
+      return {{0, 2}, 16, 144};
+    case GgmlType::Q5_K:
+      return {{0, 2}, 16, 176};
+    case GgmlType::Q6_K:
+      return {{208}, 0, 192};
+    default:
+      return {{}, 0, 0};
+  }
+}
+
+struct Weights {
+  GgmlType type;
+  int num_rows, k;
+  size_t row_bytes;              // a few more than needed
+  std::vector<uint8_t> storage;  // rows start at an odd address
+  std::vector<float> values;     // [num_rows, k]
+  std::vector<float> offsets;    // [num_rows, k]: what a quant of 0 decodes to; 0 for float types
+
+  const uint8_t* data() const { return storage.data() + 1; }
+};
+
+inline Weights random_weights(GgmlType type, int num_rows, int k) {
+  Weights w{type, num_rows, k, ggml_row_bytes(type, k) + static_cast<size_t>(random_int(0, 3)), {}, {}, {}};
+  w.storage.resize(1 + w.row_bytes * static_cast<size_t>(num_rows));
+  for (uint8_t& byte : w.storage) byte = static_cast<uint8_t>(rng()());
+  w.values.resize(static_cast<size_t>(num_rows) * k);
+  w.offsets.assign(w.values.size(), 0.0f);
+
+  const GgmlTypeInfo& info = ggml_type_info(type);
+  const BlockShape shape = block_shape(type);
+  for (int row = 0; row < num_rows; ++row) {
+    uint8_t* bytes = w.storage.data() + 1 + w.row_bytes * static_cast<size_t>(row);
+    float* values = w.values.data() + static_cast<size_t>(row) * k;
+    float* offsets = w.offsets.data() + static_cast<size_t>(row) * k;
+    for (int b = 0; b < k / info.block_size; ++b) {
+      uint8_t* block = bytes + static_cast<size_t>(b) * info.block_bytes;
+      if (type == GgmlType::F32) {
+        const float value = random_normal();
+        std::memcpy(block, &value, 4);
+      } else if (info.block_size == 1) {
+        const uint16_t value = type == GgmlType::F16 ? f32_to_f16(random_normal()) : f32_to_bf16(random_normal());
+        std::memcpy(block, &value, 2);
+      }
+      for (int at : shape.factors) {
+        const uint16_t factor = f32_to_f16(random_normal() * 0.01f);
+        std::memcpy(block + at, &factor, 2);
+      }
+      if (shape.quants_end > 0) {
+        std::vector<uint8_t> zeroed(block, block + info.block_bytes);
+        std::fill(zeroed.begin() + shape.quants_begin, zeroed.begin() + shape.quants_end, uint8_t{0});
+        dequantize(type, zeroed.data(), info.block_size, offsets + static_cast<size_t>(b) * info.block_size);
+      }
+    }
+    dequantize(type, bytes, k, values);
+  }
+  return w;
+}
+
+// Activation rows as a table stores them.
+struct Activations {
+  int k;
+  size_t row_bytes;
+  std::vector<uint8_t> storage;
+  uint8_t* rows;               // 64-byte aligned, in storage
+  std::vector<float> x;        // [num_rows, k]: as given
+  std::vector<float> decoded;  // [num_rows, k]: what the stored rows mean
+  std::vector<float> scales;   // [num_rows, k]: the step of each; 0 for float32 rows
+};
+
+inline float scale_at(ActivationFormat format, const uint8_t* blocks, int i) {
+  return format == ActivationFormat::INT8_32 ? reinterpret_cast<const ActivationBlock32*>(blocks)[i / 32].scale
+                                             : reinterpret_cast<const ActivationBlock256*>(blocks)[i / 256].scale;
+}
+
+inline int quant_at(ActivationFormat format, const uint8_t* blocks, int i) {
+  return format == ActivationFormat::INT8_32 ? reinterpret_cast<const ActivationBlock32*>(blocks)[i / 32].q[i % 32]
+                                             : reinterpret_cast<const ActivationBlock256*>(blocks)[i / 256].q[i % 256];
+}
+
+// blocks: k activations. decoded, scales: [k].
+inline void decode_activations(ActivationFormat format, const uint8_t* blocks, int k, float* decoded, float* scales) {
+  for (int i = 0; i < k; ++i) {
+    if (format == ActivationFormat::F32) {
+      std::memcpy(decoded + i, blocks + 4 * static_cast<size_t>(i), 4);
+      scales[i] = 0;
+    } else {
+      scales[i] = scale_at(format, blocks, i);
+      decoded[i] = scales[i] * static_cast<float>(quant_at(format, blocks, i));
+    }
+  }
+}
+
+inline Activations store_activations(const TypeKernels& kernels, std::vector<float> x, int k) {
+  Activations a;
+  a.k = k;
+  const size_t num_rows = x.size() / static_cast<size_t>(k);
+  a.row_bytes = (static_cast<size_t>(k) / kernels.activation_block * kernels.activation_block_bytes + 63) / 64 * 64;
+  a.storage.resize(a.row_bytes * num_rows + 63);
+  a.rows = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(a.storage.data()) + 63) / 64 * 64);
+  a.x = std::move(x);
+  a.decoded.resize(a.x.size());
+  a.scales.resize(a.x.size());
+  for (size_t row = 0; row < num_rows; ++row) {
+    kernels.quantize_activations(a.x.data() + row * k, a.rows + row * a.row_bytes, k);
+    decode_activations(kernels.activation_format, a.rows + row * a.row_bytes, k, a.decoded.data() + row * k,
+                       a.scales.data() + row * k);
+  }
+  return a;
+}
+
+inline std::vector<float> random_floats(size_t n, float scale = 1.0f) {
+  std::vector<float> x(n);
+  for (float& value : x) value = scale * random_normal();
+  return x;
+}
+
+// [num_tokens] rows in [0, num_activation_rows), repeats allowed.
+inline std::vector<int32_t> random_rows(int num_tokens, int num_activation_rows) {
+  std::vector<int32_t> rows(static_cast<size_t>(num_tokens));
+  for (int32_t& row : rows) row = random_int(0, num_activation_rows - 1);
+  return rows;
+}
+
+inline constexpr float kUntouched = -12345.0f;  // fills what a kernel must not write
+
+// [num_tokens, stride]
+inline std::vector<float> run_gemm(const TypeKernels& kernels, const Weights& w, const Activations& a,
+                                   const int32_t* token_rows, int num_tokens, int stride, int row_begin, int row_end) {
+  std::vector<float> output(static_cast<size_t>(num_tokens) * stride, kUntouched);
+  GemmParams params;
+  params.weights = w.data() + w.row_bytes * static_cast<size_t>(row_begin);
+  params.weight_row_bytes = w.row_bytes;
+  params.activations = a.rows;
+  params.activation_row_bytes = a.row_bytes;
+  params.token_rows = token_rows;
+  params.output = output.data();
+  params.output_stride = static_cast<size_t>(stride);
+  params.num_rows = row_end - row_begin;
+  params.num_tokens = num_tokens;
+  params.k = w.k;
+  kernels.gemm(params);
+  return output;
+}
+
+}  // namespace kt::test

@@ -107,11 +107,15 @@ void ThreadPool::start(Job* job, int first_phase) {
 }
 
 void ThreadPool::wait() {
-  while (!done()) finished_.wait_change(started_ - 1, spin_ns_);
+  // A caller that spins on a worker's CPU waits for the very thread it keeps from running.
+  const int64_t spin_ns = on_worker_cpu() ? 0 : spin_ns_;
+  while (!done()) finished_.wait_change(started_ - 1, spin_ns);
   if (!failed_.load(std::memory_order_relaxed)) return;
   failed_.store(false, std::memory_order_relaxed);
   fail("a worker thread failed: ", error_);
 }
+
+bool ThreadPool::on_worker_cpu() const { return std::find(cpus_.begin(), cpus_.end(), sched_getcpu()) != cpus_.end(); }
 
 void ThreadPool::main(int worker) {
   char name[16];  // the kernel's limit

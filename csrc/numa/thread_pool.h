@@ -55,6 +55,7 @@ class ThreadPool {
   void finish_phase();
   void record_error(const char* what);
   void stop();
+  bool on_worker_cpu() const;
   std::string describe_placement() const;
 
   std::vector<int> cpus_;

@@ -1,0 +1,156 @@
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+
+#include <chrono>
+#include <functional>
+#include <stdexcept>
+#include <thread>
+#include <vector>
+
+#include "check.h"
+#include "numa/thread_pool.h"
+#include "test_harness.h"
+
+namespace kt {
+namespace {
+
+// Some CPUs this process may use, repeated when there are fewer.
+std::vector<int> some_cpus(int count) {
+  cpu_set_t allowed;
+  sched_getaffinity(0, sizeof(allowed), &allowed);
+  std::vector<int> cpus;
+  for (int cpu = 0; static_cast<int>(cpus.size()) < count; cpu = (cpu + 1) % CPU_SETSIZE)
+    if (CPU_ISSET(cpu, &allowed)) cpus.push_back(cpu);
+  return cpus;
+}
+
+// The phases of plain numbers: each worker adds to its own cell, and one of them checks all cells between phases.
+struct Counting final : ThreadPool::Job {
+  Counting(int num_workers, int phases) : cells(num_workers), num_phases(phases) {}
+  void run(int phase, int worker) override { cells[worker] += phase + 1; }
+  int next_phase(int phase) override {
+    expected += phase + 1;
+    for (int64_t cell : cells) mismatches += cell != expected;
+    return phase + 1 < num_phases ? phase + 1 : ThreadPool::kDone;
+  }
+  std::vector<int64_t> cells;  // not atomic: the pool must order them
+  int num_phases;
+  int64_t expected = 0;
+  int mismatches = 0;
+};
+
+struct Calling final : ThreadPool::Job {
+  explicit Calling(std::function<void(int, int)> f) : body(std::move(f)) {}
+  void run(int phase, int worker) override { body(phase, worker); }
+  int next_phase(int phase) override { return phase < 2 ? phase + 1 : ThreadPool::kDone; }
+  std::function<void(int, int)> body;
+};
+
+TEST(phases_are_ordered) {
+  for (int num_workers = 1; num_workers <= 8; ++num_workers) {
+    ThreadPool pool(some_cpus(num_workers));
+    Counting job(num_workers, 5);
+    for (int call = 0; call < 300; ++call) {
+      pool.start(&job, 0);
+      pool.wait();
+      CHECK(pool.done(), "not done after wait()");
+    }
+    CHECK(job.mismatches == 0, job.mismatches << " cells were wrong, " << num_workers << " workers");
+    CHECK(job.expected == 300 * 15, "sum " << job.expected);
+  }
+}
+
+TEST(sleepers_wake) {
+  ThreadPool pool(some_cpus(2));
+  Counting job(2, 3);
+  for (int call = 0; call < 50; ++call) {
+    // Around the end of the spin, where falling asleep and being woken meet.
+    std::this_thread::sleep_for(std::chrono::microseconds(test::random_int(0, 150)));
+    pool.start(&job, 0);
+    if (call % 2 == 0) std::this_thread::sleep_for(std::chrono::microseconds(test::random_int(0, 150)));
+    pool.wait();
+  }
+  CHECK(job.mismatches == 0, job.mismatches << " cells were wrong");
+}
+
+TEST(start_at_a_later_phase) {
+  ThreadPool pool(some_cpus(2));
+  std::atomic<int> runs{0};
+  Calling job([&](int phase, int) { runs += phase; });
+  pool.start(&job, 2);
+  pool.wait();
+  CHECK(runs == 4, runs << ", expected phase 2 on two workers");
+}
+
+TEST(an_exception_is_reported_by_wait) {
+  ThreadPool pool(some_cpus(3));
+  for (int thrower = 0; thrower < 3; ++thrower) {
+    std::atomic<int> last_phase{0};
+    Calling job([&](int phase, int worker) {
+      last_phase = phase;
+      if (phase == 1 && worker == thrower) throw std::logic_error("worker " + std::to_string(worker) + " is lost");
+    });
+    pool.start(&job, 0);
+    CHECK_ERROR(pool.wait(), "a worker thread failed", "is lost");
+    CHECK(last_phase == 1, "phase " << last_phase << " ran after the error");
+    Counting next(3, 4);
+    pool.start(&next, 0);
+    pool.wait();
+    CHECK(next.mismatches == 0 && next.expected == 10, "the pool does not work after an error");
+  }
+}
+
+TEST(misuse_and_bad_options) {
+  CHECK_ERROR(ThreadPool({}), "cpus is empty");
+  CHECK_ERROR(ThreadPool({-1}), "cpus has -1");
+  ThreadPool pool(some_cpus(1));
+  pool.wait();  // nothing to wait for
+  std::atomic<bool> go{false};
+  Calling job([&](int, int) {
+    while (!go) std::this_thread::yield();
+  });
+  pool.start(&job, 2);
+  CHECK_ERROR(pool.start(&job, 2), "while another is running");
+  go = true;
+  pool.wait();
+}
+
+TEST(destructor_waits_for_the_job) {
+  std::atomic<int> runs{0};
+  Calling job([&](int, int) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    ++runs;
+  });
+  {
+    ThreadPool pool(some_cpus(2));
+    pool.start(&job, 0);
+  }
+  CHECK(runs == 6, runs << " runs, expected 2 workers x 3 phases");
+}
+
+TEST(placement) {
+  const std::vector<int> cpus = some_cpus(2);
+  ThreadPool pool(cpus);
+  CHECK(pool.placement_report().starts_with("pinned 2 threads to CPUs "), pool.placement_report());
+  std::vector<int> cpu_counts(2), signals_blocked(2);
+  Calling job([&](int, int worker) {
+    cpu_set_t own;
+    sched_getaffinity(0, sizeof(own), &own);
+    cpu_counts[worker] = CPU_ISSET(cpus[worker], &own) ? CPU_COUNT(&own) : -1;
+    sigset_t blocked;
+    pthread_sigmask(SIG_BLOCK, nullptr, &blocked);
+    signals_blocked[worker] = sigismember(&blocked, SIGINT) && sigismember(&blocked, SIGTERM);
+  });
+  pool.start(&job, 2);
+  pool.wait();
+  for (int worker = 0; worker < 2; ++worker) {
+    CHECK(cpu_counts[worker] == 1, "worker " << worker << " may run on " << cpu_counts[worker] << " CPUs");
+    CHECK(signals_blocked[worker], "worker " << worker << " takes signals");
+  }
+  const ThreadPool lost({cpus[0], 4000});
+  CHECK(lost.placement_report().find("1 not pinned to CPUs 4000 (") != std::string::npos, lost.placement_report());
+}
+
+}  // namespace
+}  // namespace kt

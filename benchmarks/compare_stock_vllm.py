@@ -1,4 +1,4 @@
-"""Tokens/s of the tiny model: ours from the GGUF beside stock vLLM on the same weights, dequantised to bfloat16 safetensors.
+"""Tokens/s of the tiny model: from the GGUF beside stock vLLM on the same weights, dequantised to bfloat16.
 
     python benchmarks/compare_stock_vllm.py [--rounds 3] [--llm '{"enforce_eager": true}']
 

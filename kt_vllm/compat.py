@@ -2,9 +2,13 @@
 
 import functools
 import importlib.metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kt_vllm.errors import KTError
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.model_executor.layers.fused_moe.runner.shared_experts import SharedExperts
 
 # Every hook was compared in the sources of 0.32 and 0.33 and run on 0.32.
 VLLM_VERSIONS = ((0, 32), (0, 34))
@@ -93,6 +97,15 @@ def disable_cpu_rotary_op(compilation_config: Any) -> bool:
         return False
     compilation_config.custom_ops.append("-rotary_embedding")
     return True
+
+
+def set_shared_experts_output(shared_experts: "SharedExperts", output: "torch.Tensor") -> None:
+    """Gives vLLM's MoERunner the shared experts' output, which our op computed between submit and wait.
+
+    Why: on the CPU platform torch.compile traces through the MoE layer, and what an opaque op did to a Python object is
+    not seen by the graph: the output has to come back as a value. Can go when SharedExperts takes an output.
+    """
+    shared_experts._output[shared_experts._output_idx] = output
 
 
 def name_vllm_distribution() -> None:

@@ -24,10 +24,12 @@ from vllm.model_executor.layers.fused_moe.runner.shared_experts import SharedExp
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import LayerNameType, _encode_layer_name, _resolve_layer_name, direct_register_custom_op
 
+from kt_vllm.compat import set_shared_experts_output
 from kt_vllm.config import KTConfig
 from kt_vllm.errors import ConfigError
 
 if TYPE_CHECKING:
+    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
     from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
     from kt_vllm.executor import LayerHandle
@@ -113,15 +115,15 @@ class KTMoEMethod(FusedMoEMethodBase):
         shared_experts: SharedExperts | None,
         shared_experts_input: torch.Tensor | None,
     ) -> torch.Tensor:
-        """x: [num_tokens, hidden_size]; topk_weights, topk_ids: [num_tokens, top_k]. Returns a fresh tensor like x.
-
-        x, topk_weights and topk_ids go to the wait as well, so that no compiler reuses their memory in between.
-        """
+        """x: [num_tokens, hidden_size]; topk_weights, topk_ids: [num_tokens, top_k]. Returns a fresh tensor like x."""
         layer_name = _encode_layer_name(layer.layer_name)
-        ticket = torch.ops.kt_vllm.moe_submit(x, topk_weights, topk_ids, layer_name)
-        if shared_experts is not None:
-            shared_experts(shared_experts_input, SharedExpertsOrder.MK_INTERNAL_OVERLAPPED)
-        return torch.ops.kt_vllm.moe_wait(ticket, x, topk_weights, topk_ids, layer_name)
+        if shared_experts is None:
+            return torch.ops.kt_vllm.moe_forward(x, topk_weights, topk_ids, layer_name)
+        output, shared_output = torch.ops.kt_vllm.moe_forward_shared(
+            x, topk_weights, topk_ids, shared_experts_input, layer_name
+        )
+        set_shared_experts_output(shared_experts, shared_output)
+        return output
 
     def submit(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> None:
         """Starts the executor on x; the output belongs to nobody else until wait() hands it out."""
@@ -146,54 +148,56 @@ class KTMoEMethod(FusedMoEMethodBase):
         return output
 
 
-def _method(layer_name: LayerNameType) -> KTMoEMethod:
-    runner = get_forward_context().no_compile_layers[_resolve_layer_name(layer_name)]
-    return runner.routed_experts.quant_method
+# One opaque op from submit to wait: in between, the executor reads and writes these tensors behind torch's back, and a
+# compiler that saw two ops would move the shared experts out of the gap and reuse the memory of the inputs.
 
 
-def _moe_submit(
+def _runner(layer_name: LayerNameType) -> "MoERunner":
+    return get_forward_context().no_compile_layers[_resolve_layer_name(layer_name)]
+
+
+def _moe_forward(
     x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, layer_name: LayerNameType
 ) -> torch.Tensor:
-    _method(layer_name).submit(x, topk_weights, topk_ids)
-    return _ticket(x)
+    method = _runner(layer_name).routed_experts.quant_method
+    method.submit(x, topk_weights, topk_ids)
+    return method.wait()
 
 
-def _moe_wait(
-    ticket: torch.Tensor,
+def _moe_forward_shared(
     x: torch.Tensor,
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
+    shared_experts_input: torch.Tensor,
     layer_name: LayerNameType,
-) -> torch.Tensor:
-    return _method(layer_name).wait()
+) -> tuple[torch.Tensor, torch.Tensor]:
+    runner = _runner(layer_name)
+    method = runner.routed_experts.quant_method
+    method.submit(x, topk_weights, topk_ids)
+    runner.shared_experts(shared_experts_input, SharedExpertsOrder.MK_INTERNAL_OVERLAPPED)
+    return method.wait(), runner.shared_experts.output
 
 
-def _ticket(x: torch.Tensor) -> torch.Tensor:
-    """Carries nothing; its data dependency keeps the wait after the submit in a compiled graph."""
-    return torch.empty(1, dtype=torch.int8, device=x.device)
-
-
-def _moe_submit_fake(
+def _moe_forward_fake(
     x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, layer_name: LayerNameType
-) -> torch.Tensor:
-    return _ticket(x)
-
-
-def _moe_wait_fake(
-    ticket: torch.Tensor,
-    x: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    layer_name: LayerNameType,
 ) -> torch.Tensor:
     return torch.empty_like(x)
 
 
-# Custom ops, because on the CPU platform torch.compile traces into apply(). The library lives as long as the process.
-_library = Library("kt_vllm", "FRAGMENT")
+def _moe_forward_shared_fake(
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    shared_experts_input: torch.Tensor,
+    layer_name: LayerNameType,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(x), torch.empty_like(shared_experts_input)
+
+
+_library = Library("kt_vllm", "FRAGMENT")  # lives as long as the process, and its ops with it
 for _name, _function, _fake in (
-    ("moe_submit", _moe_submit, _moe_submit_fake),
-    ("moe_wait", _moe_wait, _moe_wait_fake),
+    ("moe_forward", _moe_forward, _moe_forward_fake),
+    ("moe_forward_shared", _moe_forward_shared, _moe_forward_shared_fake),
 ):
     direct_register_custom_op(
         op_name=_name,

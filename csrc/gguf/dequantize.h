@@ -1,4 +1,5 @@
-// Decoding GGML blocks to float32, bit for bit what the `gguf` Python package gives. Scalar; the oracle of every kernel.
+// Decoding GGML blocks to float32, bit for bit what the `gguf` Python package gives. Scalar; the oracle of every
+// kernel.
 #pragma once
 
 #include <cstdint>

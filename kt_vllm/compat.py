@@ -56,7 +56,9 @@ def patch_engine_args() -> None:
         _EndOnOneSentence.on_command_line = True
         with _EndOnOneSentence():
             kt_args.fold_flags(args)
-        return from_cli_args(cls, args)
+            engine_args = from_cli_args(cls, args)
+            preflight.check_model_folder(engine_args)
+        return engine_args
 
     @functools.wraps(create_model_config)
     def create_model_config_checked(self: Any) -> Any:

@@ -19,6 +19,14 @@ def _flag(help_text: str, default: Any = dataclasses.MISSING, **argparse_kwargs:
     return dataclasses.field(default=default, metadata={"help": help_text, "argparse": argparse_kwargs})
 
 
+def _whole_number(text: str) -> int | str:
+    """Text that is none stays text, so that KTConfig refuses it in the words it has for JSON as well."""
+    try:
+        return int(text)
+    except ValueError:
+        return text
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KTConfig:
     """Fields made by _flag() are flags (--kt-cpu-infer is cpu_infer); the others are resolved at start."""
@@ -29,7 +37,10 @@ class KTConfig:
         metavar="PATH",
     )
     cpu_infer: int | None = _flag(
-        "Threads of the routed-expert executor. Default: physical cores minus one.", default=None, type=int, metavar="N"
+        "Threads of the routed-expert executor. Default: physical cores minus one.",
+        default=None,
+        type=_whole_number,
+        metavar="N",
     )
     isa: str = _flag(
         "Instruction set of the expert kernels: auto takes the best this CPU can run.", default="auto", metavar="ISA"

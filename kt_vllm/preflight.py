@@ -1,9 +1,11 @@
 """Everything that can be refused is refused here, in the process the user started, before any engine process or port.
 
-prepare() runs before vLLM reads config.json, check() after.
+check_model_folder() runs when the command line has become engine arguments, prepare() before vLLM makes its model
+configuration, check() after.
 """
 
 import dataclasses
+import os
 from typing import TYPE_CHECKING
 
 from vllm.platforms import current_platform
@@ -27,6 +29,28 @@ logger = init_logger(__name__)
 
 # Speculators that load no second set of weights.
 _SPECULATORS_WITHOUT_WEIGHTS = ("ngram", "ngram_gpu", "suffix")
+
+
+def check_model_folder(engine_args: "EngineArgs") -> None:
+    """Raises ConfigError when the model argument is a path and no folder with a config.json.
+
+    Not part of prepare(): vLLM looks into the folder before that, and ends in a traceback of its download library.
+    """
+    if CONFIG_KEY not in (engine_args.additional_config or {}):
+        return
+    model = str(engine_args.hf_config_path or engine_args.model)
+    if os.path.isdir(model):
+        seen = None if os.path.exists(os.path.join(model, "config.json")) else "has no config.json"
+    elif os.path.exists(model):
+        seen = "is a file"
+    else:
+        # Anything else may be the name of a repository, which vLLM looks up.
+        seen = "does not exist" if model.startswith(("/", "./", "../", "~")) else None
+    if seen:
+        raise ConfigError(
+            f"the model {model!r} {seen}, and a folder with config.json and the tokenizer is expected beside "
+            f"--kt-gguf; give the folder (or the Hugging Face name) of the model that the GGUF was made from."
+        )
 
 
 def prepare(engine_args: "EngineArgs") -> KTConfig | None:
@@ -53,7 +77,7 @@ def _resolve(config: KTConfig) -> KTConfig:
     try:
         _native.choose_isa(config.isa)
     except _native.NativeError as error:
-        raise ResourceError(str(error)) from None
+        raise ResourceError(f"--kt-isa is {config.isa!r}: {error}") from None
     if config.cpus:
         return config
     choice = choose_cpus(config.cpu_infer, allowed_cpus())

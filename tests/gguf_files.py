@@ -1,5 +1,6 @@
 """Small GGUF files for the tests: a DeepSeek-V3-shaped model in any layout, shards, and files no writer makes."""
 
+import json
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -33,6 +34,24 @@ class Shape:
     nope: int = 32
     rope: int = 32
     v: int = 64
+
+
+# Of the shipped model in TINY.
+TINY_SHAPE = Shape(
+    vocab=4096,
+    hidden=512,
+    dense_intermediate=1024,
+    intermediate=256,
+    layers=4,
+    experts=16,
+    top_k=4,
+    heads=4,
+    q_lora=256,
+    kv_lora=512,
+    nope=128,
+    rope=64,
+    v=128,
+)
 
 
 def hf_config(shape: Shape = Shape(), **changes: Any) -> dict[str, object]:
@@ -233,4 +252,14 @@ def write_sparse(path: Path, shape: Shape, type_of: Callable[[str], str], **layo
     with open(path, "wb") as file:
         file.write(header)
         file.truncate(len(header) + offset)
+    return path
+
+
+def model_folder(path: Path, **changes: object) -> Path:
+    """A model folder without weights: the shipped one's tokenizer and its config.json with `changes`."""
+    path.mkdir(parents=True)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        (path / name).symlink_to(TINY / name)
+    config = json.loads((TINY / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | changes))
     return path

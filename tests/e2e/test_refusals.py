@@ -1,0 +1,206 @@
+"""Everything that cannot work ends before the port opens, non-zero, with one sentence and no traceback."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kt_vllm.memory import available_host_memory
+from tests import gguf_files as files
+from tests.e2e.score import GGUF, MODEL_DIR
+from tests.e2e.server import free_port
+
+pytestmark = pytest.mark.e2e
+
+HELPER = Path(__file__).with_name("engine_configs.py")
+PREFIX = "kt_vllm: error: "
+MODEL, WEIGHTS = str(MODEL_DIR), ("--kt-gguf", str(GGUF))
+NONE = ("--kt-gguf", "@/none.gguf")
+NONE_ENDS = ("none.gguf' does not exist", "give a GGUF file, its first shard, or the folder of its shards")
+MTP = json.dumps({"method": "mtp", "num_speculative_tokens": 1})
+# As csrc/kernels/dispatch.cpp says it; tests/cpp/test_dispatch.cpp makes it from features that lack something.
+NO_AVX2 = "kernels 'avx2' need avx2 fma f16c, but this CPU or its operating system lacks avx2; choose 'auto'"
+
+# name -> (model, flags, what the sentence has). "@/" is the folder that made_files() fills.
+REFUSED: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
+    "missing path": (MODEL, NONE, NONE_ENDS),
+    "empty path": (MODEL, ("--kt-gguf", ""), ("--kt-gguf is ''", "give the path of a GGUF")),
+    "empty folder": (MODEL, ("--kt-gguf", "@/empty"), ("has no .gguf file", "give one that has")),
+    "not a GGUF": (MODEL, ("--kt-gguf", "@/config_32_experts/config.json"), ("is not a GGUF file", "b'GGUF'")),
+    "truncated": (MODEL, ("--kt-gguf", "@/cut.gguf"), ("cut.gguf' is truncated", "again")),
+    "missing shard": (
+        MODEL,
+        ("--kt-gguf", "@/set-00001-of-00002.gguf"),
+        ("1 of 2 shards missing", "set-00002-of-00002.gguf", "download"),
+    ),
+    "dense model": (MODEL, ("--kt-gguf", "@/dense.gguf"), ("is a dense model", "without --kt-gguf")),
+    "experts": (
+        "@/config_32_experts",
+        WEIGHTS,
+        ("expert_count = 16", "config.json has 32", "n_routed_experts", "of one model"),
+    ),
+    "hidden size": (
+        "@/config_hidden_1024",
+        WEIGHTS,
+        ("embedding_length = 512", "config.json has 1024", "hidden_size", "of one model"),
+    ),
+    "expert type": (
+        MODEL,
+        ("--kt-gguf", "@/iq2_xxs.gguf"),
+        ("blk.1.ffn_gate_exps.weight", "IQ2_XXS", "no kernels", "use a file with experts in", "Q4_K"),
+    ),
+    "memory": (
+        "@/config_huge",
+        ("--kt-gguf", "@/huge.gguf"),
+        ("loading needs", "GiB of host memory", "are available", "smaller quantisation"),
+    ),
+    "cpu_infer 0": (MODEL, (*WEIGHTS, "--kt-cpu-infer", "0"), ("--kt-cpu-infer is 0", "give 1 or more")),
+    "cpu_infer negative": (MODEL, (*WEIGHTS, "--kt-cpu-infer", "-3"), ("--kt-cpu-infer is -3", "give 1 or more")),
+    "cpu_infer text": (MODEL, (*WEIGHTS, "--kt-cpu-infer", "many"), ("--kt-cpu-infer is 'many'", "a whole number")),
+    "cpu_infer fraction": (MODEL, (*WEIGHTS, "--kt-cpu-infer", "2.5"), ("--kt-cpu-infer is '2.5'", "a whole number")),
+    "isa unknown": (MODEL, (*WEIGHTS, "--kt-isa", "sse9"), ("--kt-isa is 'sse9'", "expected one of auto, avx2")),
+    "isa lacking": (MODEL, (*WEIGHTS, "--kt-isa", "avx2"), ("--kt-isa is 'avx2'", "lacks avx2", "choose 'auto'")),
+    "flags without weights": (MODEL, ("--kt-cpu-infer", "2"), ("no weights", "add --kt-gguf PATH")),
+    "load_format": (
+        MODEL,
+        (*WEIGHTS, "--load-format", "dummy"),
+        ("--load-format dummy contradicts --kt-gguf", "leave --load-format out"),
+    ),
+    "data parallel": (MODEL, (*WEIGHTS, "--data-parallel-size", "2"), ("--data-parallel-size", "leave it out")),
+    "eplb": (MODEL, (*WEIGHTS, "--enable-eplb"), ("--enable-eplb does not work with --kt-gguf", "leave it out")),
+    "lora": (MODEL, (*WEIGHTS, "--enable-lora"), ("--enable-lora does not work with --kt-gguf", "leave it out")),
+    "mtp": (MODEL, (*WEIGHTS, "--speculative-config", MTP), ("speculative decoding with 'mtp'", "use one of ngram")),
+    "contradiction": (
+        MODEL,
+        (*WEIGHTS, "--additional-config", '{"kt": {"gguf": "/other.gguf"}}'),
+        ("--kt-gguf is", "additional_config says '/other.gguf'", "give it once"),
+    ),
+    "unknown key": (MODEL, ("--additional-config", '{"kt": {"guff": "/m"}}'), ("'guff'", "did you mean 'gguf'?")),
+    "kt is no mapping": (MODEL, (*WEIGHTS, "--additional-config", '{"kt": 3}'), ('additional_config["kt"] is 3',)),
+    # That the flag is still there shows in its refusal.
+    "JSON after the flag": (MODEL, (*NONE, "--additional-config", '{"x": 1}'), NONE_ENDS),
+    "JSON before the flag": (MODEL, ("--additional-config", '{"x": 1}', *NONE), NONE_ENDS),
+    "dotted JSON after the flag": (MODEL, (*NONE, "--additional-config.x", "1"), NONE_ENDS),
+    "no model folder": ("@/nowhere", WEIGHTS, ("nowhere' does not exist", "config.json", "give the folder")),
+    "no config.json": ("@/empty", WEIGHTS, ("empty' has no config.json", "give the folder")),
+    "model is a file": (str(GGUF), WEIGHTS, ("Q4_K_M.gguf' is a file", "give the folder")),
+}
+ISA_ERRORS = {"isa lacking": NO_AVX2}
+# Through the whole program as well: before and after config.json is read, and where vLLM starts several servers.
+WHOLE = ("missing path", "hidden size", "memory", "data parallel", "no model folder")
+MANY_THREADS = 4096
+
+
+@pytest.fixture(scope="module")
+def made_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("refusals")
+    (folder / "empty").mkdir()
+    (folder / "cut.gguf").write_bytes(GGUF.read_bytes()[: GGUF.stat().st_size // 2])
+    (folder / "set-00001-of-00002.gguf").symlink_to(GGUF)
+    files.write(
+        folder / "dense.gguf",
+        {"token_embd.weight": np.zeros((64, 32), np.float32)},
+        {"block_count": 1},
+        architecture="llama",
+    )
+    files.model_folder(folder / "config_32_experts", n_routed_experts=32)
+    files.model_folder(folder / "config_hidden_1024", hidden_size=1024)
+    files.write_sparse(folder / "iq2_xxs.gguf", files.TINY_SHAPE, lambda name: "IQ2_XXS" if "_exps." in name else "F32")
+    shape = files.TINY_SHAPE
+    bytes_of_one = 3 * (shape.layers - shape.first_dense) * shape.experts * shape.hidden * 144 // 256
+    intermediate = 256 * (2 * available_host_memory() // bytes_of_one // 256 + 1)
+    files.model_folder(folder / "config_huge", moe_intermediate_size=intermediate)
+    files.write_sparse(
+        folder / "huge.gguf",
+        dataclasses.replace(shape, intermediate=intermediate),
+        lambda name: "Q4_K" if "_exps." in name else "F16",
+    )
+    return folder
+
+
+def _command(folder: Path, model: str, flags: tuple[str, ...]) -> list[str]:
+    return [part.replace("@/", f"{folder}/") for part in (model, *flags)]
+
+
+@pytest.fixture(scope="module")
+def ended(made_files: Path) -> dict[str, dict[str, Any]]:
+    """How each case ended in engine_configs.py."""
+    cases = {name: (model, flags) for name, (model, flags, _) in REFUSED.items()}
+    cases["many threads"] = (MODEL, (*WEIGHTS, "--kt-cpu-infer", str(MANY_THREADS)))
+    wanted = [
+        {"name": name, "arguments": _command(made_files, *case), "isa_error": ISA_ERRORS.get(name)}
+        for name, case in cases.items()
+    ]
+    process = subprocess.run(
+        [sys.executable, str(HELPER)],
+        input=json.dumps(wanted),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    lines = [line for line in process.stdout.splitlines() if line.startswith("ENDED ")]
+    assert process.returncode == 0 and len(lines) == len(cases), process.stdout[-3000:] + process.stderr[-3000:]
+    return {result["name"]: result for result in (json.loads(line.removeprefix("ENDED ")) for line in lines)}
+
+
+def check_sentence(sentence: object, parts: tuple[str, ...]) -> None:
+    assert isinstance(sentence, str) and sentence.startswith(PREFIX), sentence
+    assert "\n" not in sentence and len(sentence) < 600
+    for part in parts:
+        assert part in sentence, sentence
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_before_an_engine_starts(name: str, ended: dict[str, dict[str, Any]]) -> None:
+    # A string in SystemExit is printed as the last line, and the exit code is 1.
+    assert "exit" in ended[name], ended[name]
+    check_sentence(ended[name]["exit"], REFUSED[name][2])
+
+
+def test_more_threads_than_cpus_is_a_warning(ended: dict[str, dict[str, Any]]) -> None:
+    result = ended["many threads"]
+    assert len(result["config"]["kt"]["cpus"]) == MANY_THREADS
+    assert len(result["warnings"]) == 1, result["warnings"]
+    for part in (f"--kt-cpu-infer is {MANY_THREADS}", f"{len(os.sched_getaffinity(0))} logical CPUs", "give at most"):
+        assert part in result["warnings"][0]
+
+
+def _listens(port: int) -> bool:
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        try:
+            rows = [line.split() for line in Path(table).read_text().splitlines()[1:]]
+        except OSError:  # no IPv6
+            continue
+        if any(row[1].endswith(f":{port:04X}") and row[3] == "0A" for row in rows):
+            return True
+    return False
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_refused_by_the_whole_program(name: str, made_files: Path, tmp_path: Path) -> None:
+    model, flags, parts = REFUSED[name]
+    port = free_port()
+    command = [sys.executable, "-m", "kt_vllm.cli", "serve", *_command(made_files, model, flags), "--port", str(port)]
+    out, err = tmp_path / "out", tmp_path / "err"
+    with out.open("wb") as out_file, err.open("wb") as err_file:
+        process = subprocess.Popen(command, stdout=out_file, stderr=err_file, stdin=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        try:
+            while process.poll() is None:
+                assert not _listens(port), "the port was opened"
+                assert time.monotonic() < deadline, err.read_text()[-3000:]
+                time.sleep(0.02)
+        finally:
+            process.kill()
+            process.wait()
+    assert process.returncode == 1
+    assert "Traceback" not in out.read_text() + err.read_text()
+    check_sentence(err.read_text().splitlines()[-1], parts)

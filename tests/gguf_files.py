@@ -239,20 +239,57 @@ def raw(
 
 def write_sparse(path: Path, shape: Shape, type_of: Callable[[str], str], **layout: bool) -> Path:
     """A file of any size with a true header and no data on disk: reads give zeros."""
-    entries, offset = [], 0
+    header, _, nbytes = _layout(shape, type_of, **layout)
+    with open(path, "wb") as file:
+        file.write(header)
+        file.truncate(len(header) + nbytes)
+    return path
+
+
+def write_random(path: Path, shape: Shape, type_of: Callable[[str], str], **layout: bool) -> Path:
+    """As write_sparse, with small random weights on disk; a gigabyte takes a second or two.
+
+    F32, F16, BF16, Q8_0 and Q4_K.
+    """
+    header, tensors, nbytes = _layout(shape, type_of, **layout)
+    pools: dict[GGMLQuantizationType, bytes] = {}
+    with open(path, "wb") as file:
+        file.write(header)
+        for type_, offset, size in tensors:
+            pool = pools.setdefault(type_, _random_blocks(type_))
+            file.seek(len(header) + offset)
+            for start in range(0, size, len(pool)):
+                file.write(pool[: size - start])
+        file.truncate(len(header) + nbytes)
+    return path
+
+
+def _layout(
+    shape: Shape, type_of: Callable[[str], str], **layout: bool
+) -> tuple[bytes, list[tuple[GGMLQuantizationType, int, int]], int]:
+    """The header; (type, offset in the data, bytes) of each tensor; bytes of the data."""
+    entries, tensors, offset = [], [], 0
     for name, dims in tensor_shapes(shape, **layout).items():
         type_ = GGMLQuantizationType[type_of(name)]
         block, block_bytes = gguf.GGML_QUANT_SIZES[type_]
         entries.append(entry(name, reversed(dims), type_, offset))
         nbytes = int(np.prod(dims, dtype=object)) // block * block_bytes
+        tensors.append((type_, offset, nbytes))
         offset += -(-nbytes // 32) * 32
     keys = [ARCHITECTURE]
     keys += [key(f"deepseek2.{k}", 4, struct.pack("<I", v)) for k, v in gguf_metadata(shape).items()]
-    header = raw(keys, entries)
-    with open(path, "wb") as file:
-        file.write(header)
-        file.truncate(len(header) + offset)
-    return path
+    return raw(keys, entries), tensors, offset
+
+
+def _random_blocks(type_: GGMLQuantizationType) -> bytes:
+    """2^20 weights."""
+    rng = np.random.default_rng(0)
+    if type_ != GGMLQuantizationType.Q4_K:
+        return gguf.quants.quantize(rng.normal(0, 0.02, (1 << 12, 256)).astype(np.float32), type_).tobytes()
+    # The gguf package does not quantise to Q4_K. Any bytes are a block if its two float16 scales are finite.
+    blocks = rng.integers(0, 256, (1 << 12, gguf.GGML_QUANT_SIZES[type_][1]), np.uint8)
+    blocks[:, :4] = np.array([1e-4, 5e-5], "<f2").view(np.uint8)
+    return blocks.tobytes()
 
 
 def model_folder(path: Path, **changes: object) -> Path:

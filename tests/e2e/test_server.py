@@ -1,6 +1,7 @@
 """The OpenAI endpoint: completions, streams, concurrency, vLLM's own benchmarks; and how it starts and ends."""
 
 import asyncio
+import os
 import signal
 import subprocess
 import sys
@@ -13,9 +14,12 @@ import pytest
 
 from tests.e2e.score import GGUF, MODEL_DIR
 from tests.e2e.server import Server
+from tests.e2e.wide_vocabulary import write_wide_model
 from tests.tolerances import MAX_BATCHED_LOGPROB_DIFFERENCE
 
 pytestmark = pytest.mark.e2e
+
+SMALL_CACHE = {"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ}
 
 
 @pytest.fixture(scope="module")
@@ -98,15 +102,30 @@ def test_vllm_bench_serve(server: Server) -> None:
     assert "Successful requests:" in process.stdout and "Output token throughput" in process.stdout
 
 
-def test_vllm_bench_latency() -> None:
-    command = [
-        *(sys.executable, "-m", "kt_vllm.cli", "bench", "latency", "--model", str(MODEL_DIR), "--kt-gguf", str(GGUF)),
-        *("--dtype", "bfloat16", "--max-model-len", "512", "--input-len", "32", "--output-len", "8"),
-        *("--batch-size", "2", "--num-iters-warmup", "1", "--num-iters", "2", "--enforce-eager"),
-    ]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+def bench(*arguments: str) -> str:
+    """What `kt-vllm bench` printed."""
+    command = [sys.executable, "-m", "kt_vllm.cli", "bench", *arguments, "--enforce-eager"]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env=SMALL_CACHE)
     assert process.returncode == 0, process.stderr[-3000:]
-    assert "Avg latency" in process.stdout
+    return process.stdout
+
+
+def test_vllm_bench_latency(tmp_path: Path) -> None:
+    # It draws token ids below 10000, more than the shipped model has.
+    model, weights = write_wide_model(tmp_path / "model")
+    out = bench(
+        *("latency", "--model", str(model), "--kt-gguf", str(weights), "--dtype", "bfloat16", "--max-model-len", "512"),
+        *("--input-len", "32", "--output-len", "8", "--batch-size", "2", "--num-iters-warmup", "1", "--num-iters", "2"),
+    )
+    assert "Avg latency" in out
+
+
+def test_vllm_bench_throughput() -> None:
+    out = bench(
+        *("throughput", "--model", str(MODEL_DIR), "--kt-gguf", str(GGUF), "--dtype", "bfloat16"),
+        *("--max-model-len", "512", "--random-input-len", "32", "--random-output-len", "8", "--num-prompts", "8"),
+    )
+    assert "Throughput:" in out and "total tokens/s" in out
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])

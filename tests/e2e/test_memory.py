@@ -17,13 +17,13 @@ from tests import gguf_files as files
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 ROOT = Path(__file__).resolve().parents[2]
-# Layers of DeepSeek-V2-Lite (its 1408 rounded up to whole Q4_K blocks), three of them with experts: 1 GB.
+# Layers of DeepSeek-V2-Lite (its 1408 rounded up to whole Q4_K blocks), four of them with experts: 1.4 GB.
 SHAPE = files.Shape(
     vocab=4096,
     hidden=2048,
     dense_intermediate=4096,
     intermediate=1536,
-    layers=4,
+    layers=5,
     first_dense=1,
     experts=64,
     top_k=6,

@@ -49,6 +49,7 @@ def max_layer_error(isa: str, types: tuple[str, str, str], float_type: str = "fl
         limit = MAX_LAYER_ERROR_FLOAT_ACTIVATIONS
     return limit + MAX_ROUNDING_ERROR[float_type]
 
+
 # End to end, mean over 8 x 255 positions of the tiny model in bfloat16, against exact float32 of the same GGUF. bfloat16
 # rounds every activation to 2^-9; stock vLLM on the dequantised weights shows 0.1 % and KL 0.0013.
 MAX_MEAN_NLL_DIFFERENCE = 0.005

@@ -1,7 +1,10 @@
 """The only patches of vLLM, each with its reason and when it can go; and the range of releases they were proven on."""
 
+import contextlib
 import functools
 import importlib.metadata
+import signal
+import threading
 from typing import TYPE_CHECKING, Any
 
 from kt_vllm.errors import KTError
@@ -64,6 +67,8 @@ def patch_engine_args() -> None:
     def create_model_config_checked(self: Any) -> Any:
         with _EndOnOneSentence():
             config = preflight.prepare(self)
+            if config is not None and _EndOnOneSentence.on_command_line:
+                end_on_signals_while_loading()
             model_config = create_model_config(self)
             if config is not None:
                 preflight.check(self, config, model_config)
@@ -85,6 +90,27 @@ class _EndOnOneSentence:
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if self.on_command_line and isinstance(error, KTError):
             raise SystemExit(f"kt_vllm: error: {error}") from None
+
+
+def end_on_signals_while_loading() -> None:
+    """SIGINT and SIGTERM end this process and all its children at once, until vLLM's server sets its own handlers.
+
+    Why: loading takes minutes for a large model, and in that time vLLM 0.32 loses both: its zmq_socket_ctx swallows the
+    KeyboardInterrupt and its engine process puts off signals until it is constructed. Its workers do end on SIGTERM,
+    and the engine after them. Can go when a SIGTERM to a loading `vllm serve` ends it.
+    """
+
+    def end(signal_number: int, frame: object) -> None:
+        import psutil
+
+        for child in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.terminate()
+        raise SystemExit(128 + signal_number)
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, end)
+        signal.signal(signal.SIGTERM, end)
 
 
 def disable_cpu_rotary_op(compilation_config: Any) -> bool:

@@ -124,6 +124,7 @@ def check(engine_args: "EngineArgs", config: KTConfig, model_config: "ModelConfi
     plan = CheckpointPlan.build(
         GGUFModel.open(config.gguf), hf_config.to_dict(), supported_types=_native.supported_types(isa)
     )
+    _log_ignored(plan)
     activation = getattr(hf_config, "hidden_act", "silu")
     if activation != "silu":
         raise ConfigError(
@@ -134,8 +135,8 @@ def check(engine_args: "EngineArgs", config: KTConfig, model_config: "ModelConfi
     check_memory({"routed experts": plan.expert_bytes, "dense weights": dense_bytes}, available_host_memory())
 
 
-def log_plan(plan: CheckpointPlan) -> None:
-    """One line for each kind of tensor that is left out, with the reason."""
+def _log_ignored(plan: CheckpointPlan) -> None:
+    """One line for each reason to leave tensors out."""
     reasons: dict[str, list[str]] = {}
     for name, reason in plan.ignored:
         reasons.setdefault(reason, []).append(name)

@@ -1,19 +1,27 @@
-"""Builds mixture-of-experts layers of five families with vLLM's own model code, without and with our settings.
+"""Mixture-of-experts layers of five families, built and called by vLLM's own code, without and with our settings.
 
 Run as a program by test_plugin.py: vLLM's distributed state is global to a process. Prints a line for each.
 """
 
 import tempfile
+from pathlib import Path
 
 import torch
 from transformers import DeepseekV2Config, DeepseekV3Config, MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig
 from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.distributed import init_distributed_environment, initialize_model_parallel
+from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
-from vllm.model_executor.model_loader.utils import initialize_model
+from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+from vllm.model_executor.model_loader.utils import initialize_model, process_weights_after_loading
 from vllm.plugins import load_general_plugins
 from vllm.utils.network_utils import get_open_port
 from vllm.utils.torch_utils import set_default_torch_dtype
+
+from kt_vllm.checkpoint import ExpertSource, LayerExperts
+from kt_vllm.executor import CPUExpertExecutor
+from tests.moe_case import MoECase, load
+from tests.tolerances import max_layer_error
 
 COMMON = {
     "hidden_size": 256,
@@ -52,8 +60,11 @@ FAMILIES = {
 }
 
 
-def build(architecture: str, additional_config: dict) -> list[RoutedExperts]:
-    """The RoutedExperts modules of a freshly built model."""
+NUM_TOKENS, TOP_K = 37, 2
+
+
+def build(architecture: str, additional_config: dict) -> tuple[VllmConfig, list[MoERunner]]:
+    """The MoE layers of a freshly built model, and the configuration they belong to."""
     with tempfile.TemporaryDirectory() as folder:
         config = FAMILIES[architecture]
         config.architectures = [architecture]
@@ -62,12 +73,45 @@ def build(architecture: str, additional_config: dict) -> list[RoutedExperts]:
         vllm_config = VllmConfig(model_config=model_config, additional_config=additional_config)
         with set_current_vllm_config(vllm_config), set_default_torch_dtype(torch.bfloat16):
             model = initialize_model(vllm_config=vllm_config, model_config=model_config)
-    return [module for module in model.modules() if isinstance(module, RoutedExperts)]
+            for parameter in model.parameters():
+                parameter.data.normal_(std=0.05)
+            process_weights_after_loading(model, model_config, torch.device("cpu"))
+    return vllm_config, [module for module in model.modules() if isinstance(module, MoERunner)]
 
 
 def expert_elements(layer: RoutedExperts) -> int:
     """Elements of the layer's own parameters; the correction bias belongs to the gate."""
     return sum(p.numel() for name, p in layer.named_parameters() if name != "e_score_correction_bias")
+
+
+def check_output(vllm_config: VllmConfig, runners: list[MoERunner], folder: str) -> None:
+    """Gives each layer experts and calls it as vLLM does: routed output against float64, shared output as alone."""
+    cases = [
+        MoECase(Path(folder) / f"{index}.bin", ("Q4_K", "Q4_K", "Q6_K"), num_experts=8, seed=index)
+        for index in range(len(runners))
+    ]
+    executor = CPUExpertExecutor(isa="auto", cpus=[0, 0], max_num_tokens=NUM_TOKENS)
+    for runner, case in zip(runners, cases, strict=True):
+        sources = [
+            ExpertSource(type, shape, tuple(spans))
+            for type, shape, spans in zip(case.types, case.shapes, case.spans, strict=True)
+        ]
+        runner.routed_experts.quant_method.handle = executor.add_layer(LayerExperts(*sources))
+    load(executor.native)
+    with torch.inference_mode(), set_forward_context({"any": "metadata"}, vllm_config):
+        for runner, case in zip(runners, cases, strict=True):
+            hidden_states, topk_ids, topk_weights = case.inputs(NUM_TOKENS, TOP_K)
+            x = torch.from_numpy(hidden_states).bfloat16()
+            shared = runner.shared_experts
+            output = runner.routed_experts.forward_modular(
+                x, torch.from_numpy(topk_weights), torch.from_numpy(topk_ids), shared, None if shared is None else x
+            )
+            expected = torch.from_numpy(case.expected(x.float().numpy(), topk_ids, topk_weights))
+            error = (output.double() - expected).norm() / expected.norm()
+            assert error < max_layer_error("avx2", case.types, "bfloat16"), (runner.layer_name, error)
+            if shared is not None:
+                assert torch.equal(shared.output, shared._layer(x)), runner.layer_name
+    executor.close()
 
 
 def main() -> None:
@@ -79,12 +123,15 @@ def main() -> None:
 
     for architecture in FAMILIES:
         for additional_config, ours in (({}, False), ({"kt": {"gguf": "/unused.gguf", "cpus": [0]}}, True)):
-            layers = build(architecture, additional_config)
-            assert layers, architecture
-            for layer in layers:
+            vllm_config, runners = build(architecture, additional_config)
+            assert runners, architecture
+            for layer in (runner.routed_experts for runner in runners):
                 assert isinstance(layer.quant_method, KTMoEMethod) == ours, (architecture, type(layer.quant_method))
                 assert (expert_elements(layer) == 0) == ours, (architecture, expert_elements(layer))
-            print("OK", architecture, "ours" if ours else "stock", len(layers))
+            if ours:
+                with tempfile.TemporaryDirectory() as folder:
+                    check_output(vllm_config, runners, folder)
+            print("OK", architecture, "ours" if ours else "stock", len(runners))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib
 import importlib.metadata
 import signal
 import threading
@@ -17,20 +18,28 @@ if TYPE_CHECKING:
 VLLM_VERSIONS = ((0, 32), (0, 34))
 
 
-def check_vllm_version() -> None:
-    """Raises KTError outside VLLM_VERSIONS (first included, last not)."""
+def why_unusable() -> str | None:
+    """Why this plugin cannot work in this environment, as a sentence; None when it can.
+
+    VLLM_VERSIONS: first included, last not.
+    """
     from vllm import __version__
 
     low, high = VLLM_VERSIONS
     try:
         version = tuple(int(part) for part in __version__.split(".")[:2])
     except ValueError:
-        return  # a development build without a number: its user knows what they run
+        version = low  # a development build without a number: its user knows what they run
     if not low <= version < high:
-        raise KTError(
-            f"kt_vllm works with vLLM {low[0]}.{low[1]} up to but not including {high[0]}.{high[1]}; "
-            f"found {__version__}. Install a matching vLLM, or remove kt-vllm."
+        return (
+            f"works with vLLM {low[0]}.{low[1]} up to but not including {high[0]}.{high[1]}; found {__version__}. "
+            f"Install a matching vLLM."
         )
+    try:
+        importlib.import_module("kt_vllm._native")
+    except ImportError as error:
+        return f"its C++ extension does not load ({error}). Build it again: pip install . in the checkout."
+    return None
 
 
 def patch_engine_args() -> None:

@@ -19,7 +19,7 @@ def run(code: str, **env: str) -> str:
         env={**os.environ, **env},
     )
     assert process.returncode == 0, process.stdout + process.stderr
-    return process.stdout
+    return process.stdout + process.stderr
 
 
 def test_import_needs_neither_vllm_nor_torch() -> None:
@@ -96,19 +96,31 @@ def test_layers_are_stock_without_flags_and_ours_with_them() -> None:
     assert out.count("OK ") == 10, out
 
 
-def test_unknown_vllm_release_is_refused() -> None:
+def test_an_environment_it_cannot_work_in_turns_it_off() -> None:
+    """With a sentence, and without harm to vLLM."""
     run(
         """
         import vllm
         from kt_vllm import compat
-        from kt_vllm.errors import KTError
         cases = {"0.31.9": False, "0.32.0": True, "0.33.1": True, "0.34.0": False, "dev": True}
         for version, accepted in cases.items():
             vllm.__version__ = version
-            try:
-                compat.check_vllm_version()
-                assert accepted, version
-            except KTError as error:
-                assert not accepted and version in str(error)
+            reason = compat.why_unusable()
+            assert accepted == (reason is None) and (accepted or version in reason), (version, reason)
         """
     )
+    out = run(
+        """
+        import sys
+        sys.modules["kt_vllm._native"] = None
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.model_executor.custom_op import op_registry_oot
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
+        from vllm.plugins import load_general_plugins
+        load_general_plugins()
+        assert "RoutedExperts" not in op_registry_oot
+        parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+        assert "--kt-gguf" not in parser.format_help()
+        """
+    )
+    assert "kt_vllm is installed but off" in out and "C++ extension does not load" in out

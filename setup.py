@@ -22,20 +22,29 @@ class CMakeBuild(build_ext):
         cmake = shutil.which("cmake")
         if cmake is None:
             raise RuntimeError("cmake is not on the PATH, expected 3.25 or newer; run: pip install 'cmake>=3.25'")
-        output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        build = Path(self.build_temp).resolve()
+        ninja = shutil.which("ninja")
+        build_type = "Debug" if self.debug else "Release"
+        # In the checkout, not in pip's temporary folder, so that the next build compiles only what changed.
+        build = ROOT / "build" / f"native-{sys.implementation.cache_tag}-{build_type.lower()}"
         configure = [
             cmake,
             f"-S{ROOT}",
             f"-B{build}",
-            f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
-            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output}",
+            f"-DCMAKE_BUILD_TYPE={build_type}",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={Path(self.get_ext_fullpath(ext.name)).resolve().parent}",
             f"-DPython_EXECUTABLE={sys.executable}",
+            # CMake would keep the one of the last build, which with pip's build isolation is gone by now.
+            "-Upybind11_DIR",
+            *(["-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []),
         ]
-        if shutil.which("ninja"):
-            configure.append("-GNinja")
+        # CMake takes these at the first configuration only; another choice has to begin afresh.
+        choice = repr([bool(ninja), *map(os.environ.get, ("CXX", "CXXFLAGS", "LDFLAGS"))])
+        stamp = build / "choice"
+        if not stamp.is_file() or stamp.read_text() != choice:
+            configure.append("--fresh")
         jobs = self.parallel or len(os.sched_getaffinity(0))
         subprocess.run(configure, check=True)
+        stamp.write_text(choice)
         subprocess.run([cmake, "--build", str(build), "--target", "_native", f"-j{jobs}"], check=True)
 
 

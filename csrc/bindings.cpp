@@ -77,7 +77,7 @@ std::vector<std::string> isas(uint32_t features) {
 const kt::KernelTable& find_table(const std::string& isa) {
   for (const kt::KernelTable* table : kt::kernel_tables())
     if (isa == table->isa) return *table;
-  kt::fail("isa is \"", isa, "\", expected one of isas()");
+  kt::fail("isa is \"", isa, "\", expected a name that isas() lists");
 }
 
 std::vector<std::string> supported_types(const std::string& isa) {

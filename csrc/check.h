@@ -23,7 +23,7 @@ template <typename... Parts>
 }  // namespace kt
 
 // KT_CHECK(rows > 0, "rows is ", rows, ", expected at least 1")
-#define KT_CHECK(condition, ...)        \
-  do {                                  \
+#define KT_CHECK(condition, ...)               \
+  do {                                         \
     if (!(condition)) ::kt::fail(__VA_ARGS__); \
   } while (0)

@@ -10,18 +10,12 @@ from kt_vllm.checkpoint import LayerExperts
 
 _FLOAT_TYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
-# Tokens of one executor call; longer batches are cut. Enough for every expert of a 256-expert layer to see over a
-# hundred tokens, where reading weights no longer dominates; bounds the workspace.
-MAX_TOKENS_PER_CALL = 4096
-
 
 class CPUExpertExecutor:
     """Owns the worker threads and the expert weights of this process. One call is in flight at a time."""
 
     def __init__(self, *, isa: str, cpus: Sequence[int], max_num_tokens: int) -> None:
-        self.native = _native.Executor(
-            isa=isa, cpus=list(cpus), max_num_tokens=max(1, min(max_num_tokens, MAX_TOKENS_PER_CALL))
-        )
+        self.native = _native.Executor(isa=isa, cpus=list(cpus), max_num_tokens=max_num_tokens)
         self._finalizer = weakref.finalize(self, self.native.close)
 
     def add_layer(self, experts: LayerExperts) -> "LayerHandle":
@@ -30,7 +24,7 @@ class CPUExpertExecutor:
             _native.ExpertTensor(tensor.type, tensor.shape, list(tensor.spans))
             for tensor in (experts.gate, experts.up, experts.down)
         )
-        return LayerHandle(self, self.native.add_layer(gate, up, down))
+        return LayerHandle(self, self.native.add_layer(gate, up, down), hidden_size=experts.gate.shape[2])
 
     def close(self) -> None:
         """Joins the threads and frees the weights."""
@@ -40,28 +34,35 @@ class CPUExpertExecutor:
 class LayerHandle:
     """One layer of the executor."""
 
-    def __init__(self, executor: CPUExpertExecutor, index: int) -> None:
+    def __init__(self, executor: CPUExpertExecutor, index: int, hidden_size: int) -> None:
         self._executor = executor  # keeps the weights alive as long as a layer refers to them
         self._native = executor.native
         self._index = index
+        self._hidden_size = hidden_size
 
     def submit(
         self, hidden_states: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, output: torch.Tensor
     ) -> None:
         """hidden_states, output: [num_tokens, hidden_size] of one float type; topk_weights float32, topk_ids int32:
-        [num_tokens, top_k]; all contiguous, and the caller keeps them alive until wait()."""
+        [num_tokens, top_k]; all contiguous in host memory, and the caller keeps them alive until wait()."""
         num_tokens, top_k = topk_ids.shape
+        float_type = _FLOAT_TYPES.get(hidden_states.dtype)
+        tensors = (hidden_states, topk_weights, topk_ids, output)
+        # The executor sees addresses only: what is wrong here would be read or written past the end.
         if not (
-            hidden_states.is_contiguous()
-            and topk_weights.is_contiguous()
-            and topk_ids.is_contiguous()
+            float_type is not None
+            and hidden_states.shape == output.shape == (num_tokens, self._hidden_size)
+            and output.dtype == hidden_states.dtype
+            and topk_weights.shape == topk_ids.shape
             and topk_weights.dtype == torch.float32
             and topk_ids.dtype == torch.int32
+            and all(tensor.is_cpu and tensor.is_contiguous() for tensor in tensors)
         ):
+            seen = ", ".join(f"{t.dtype} {tuple(t.shape)} strides {t.stride()} on {t.device}" for t in tensors)
             raise ValueError(
-                f"layer {self._index}: expected contiguous tensors, float32 weights and int32 ids; got strides "
-                f"{hidden_states.stride()}, {topk_weights.stride()} ({topk_weights.dtype}), "
-                f"{topk_ids.stride()} ({topk_ids.dtype})"
+                f"layer {self._index}: hidden_states, topk_weights, topk_ids and output are {seen}, expected "
+                f"contiguous host tensors, the first and last [num_tokens, {self._hidden_size}] of one float type, "
+                f"the others [num_tokens, top_k] of float32 and int32; convert them before submit()."
             )
         self._native.submit(
             self._index,
@@ -69,7 +70,7 @@ class LayerHandle:
             topk_ids.data_ptr(),
             topk_weights.data_ptr(),
             output.data_ptr(),
-            _FLOAT_TYPES[hidden_states.dtype],
+            float_type,
             num_tokens,
             top_k,
         )

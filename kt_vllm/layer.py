@@ -174,8 +174,11 @@ def _moe_forward_shared(
     runner = _runner(layer_name)
     method = runner.routed_experts.quant_method
     method.submit(x, topk_weights, topk_ids)
-    runner.shared_experts(shared_experts_input, SharedExpertsOrder.MK_INTERNAL_OVERLAPPED)
-    return method.wait(), runner.shared_experts.output
+    try:
+        runner.shared_experts(shared_experts_input, SharedExpertsOrder.MK_INTERNAL_OVERLAPPED)
+    finally:
+        output = method.wait()  # after an exception too: until then the executor reads and writes these tensors
+    return output, runner.shared_experts.output
 
 
 def _moe_forward_fake(

@@ -14,7 +14,8 @@ namespace kt {
 namespace {
 
 // Large enough for full rate from disks and network file systems, small enough that all workers stay busy to the end
-// and that cancelling is quick. Destinations are cut at multiples of it, so no huge page is touched by two workers.
+// and that cancelling is quick. Destinations are cut at multiples of it, so that two workers touch one huge page only
+// where spans meet.
 constexpr uint64_t kChunkBytes = uint64_t{8} << 20;
 
 }  // namespace

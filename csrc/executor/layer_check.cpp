@@ -12,8 +12,10 @@
 namespace kt {
 namespace {
 
-// Rows and columns beyond any model; keeps every product of sizes far from overflow.
+// Beyond any model. The first keeps the bytes of a row and of a workspace far from overflow; three such sizes
+// multiplied would still overflow, so the bytes of a tensor (2^48: 256 TiB) have a limit of their own.
 constexpr int kMaxSize = 1 << 24;
+constexpr uint64_t kMaxTensorBytes = uint64_t{1} << 48;
 
 struct NamedTensor {
   const ExpertTensor& tensor;
@@ -45,8 +47,12 @@ void check_kernels(const NamedTensor& named, const KernelTable& table) {
 
 void check_spans(const NamedTensor& named) {
   const ExpertTensor& tensor = named.tensor;
-  const uint64_t needed = static_cast<uint64_t>(ggml_row_bytes(tensor.type, tensor.num_cols)) * tensor.num_rows *
-                          static_cast<uint64_t>(tensor.num_experts);
+  const uint64_t row_bytes = ggml_row_bytes(tensor.type, tensor.num_cols);
+  const uint64_t num_rows = static_cast<uint64_t>(tensor.num_rows) * static_cast<uint64_t>(tensor.num_experts);
+  KT_CHECK(num_rows <= kMaxTensorBytes / row_bytes, named.label, ": ", shape_of(tensor), " in ",
+           ggml_type_info(tensor.type).name, " is more than ", kMaxTensorBytes,
+           " bytes, which no machine holds; the GGUF's tensor table is wrong");
+  const uint64_t needed = num_rows * row_bytes;
   uint64_t total = 0;
   for (const FileSpan& span : tensor.spans) {
     KT_CHECK(span.bytes <= needed - total, named.label, ": its file spans hold more than the ", needed, " bytes of ",
@@ -81,7 +87,7 @@ void check_layer(const MoELayerSpec& spec, const KernelTable& table, int layer_i
   const NamedTensor gate{spec.gate, layer + "gate"}, up{spec.up, layer + "up"}, down{spec.down, layer + "down"};
   for (const int size : {spec.gate.num_experts, spec.gate.num_rows, spec.gate.num_cols})
     KT_CHECK(size >= 1 && size <= kMaxSize, gate.label, ": shape is ", shape_of(spec.gate), ", expected sizes of 1 to ",
-             kMaxSize);
+             kMaxSize, "; the GGUF's tensor table is wrong");
   check_shape(up, spec.gate.num_experts, spec.gate.num_rows, spec.gate.num_cols);
   check_shape(down, spec.gate.num_experts, spec.gate.num_cols, spec.gate.num_rows);
   for (const NamedTensor* named : {&gate, &up, &down}) check_kernels(*named, table);

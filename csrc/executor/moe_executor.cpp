@@ -17,9 +17,9 @@
 namespace kt {
 namespace {
 
-// Tokens computed at once, at most. A worker's float32 sums for 32 output rows are then 1 MiB and stay in L2, and an
-// expert of DeepSeek-R1 still sees 256 tokens for each time its weights are read.
-constexpr int kMaxPieceTokens = 8192;
+// Tokens computed at once, at most. A worker's float32 sums for 32 output rows are then 512 KiB and can stay in L2, and
+// an expert of DeepSeek-R1 still sees 128 tokens, two GEMM calls' worth, for each time its weights are read.
+constexpr int kMaxPieceTokens = 4096;
 
 constexpr int kMaxTopK = 1 << 16;  // with the above, slot numbers fit an int
 
@@ -96,8 +96,8 @@ struct MoEExecutor::Impl {
   bool settle_loading() {
     if (!loading) return true;
     if (!pool.done()) return false;
-    pool.wait();
     loading = false;
+    pool.wait();
     if (loader->bytes_done() == loader->bytes_total())
       for (size_t i = 0; i < num_layers_to_load; ++i) layers[i].loaded = true;
     return true;

@@ -10,11 +10,11 @@ namespace {
 
 // Weight rows of one work item. Small enough that a decode step of one token has several items a thread (DeepSeek-R1:
 // 512 of gate+up, 224 of down), large enough that taking an item (one contended atomic) and the output's cache lines
-// (32 floats are two) cost nothing beside it. Fixed, because where rows are cut must not depend on the machine.
+// (32 floats are two) cost nothing beside it. Fixed, as the scratch is cut for it; no result depends on it.
 constexpr int kRowChunk = 32;
 
-// Tokens of one GEMM call. Bounds scratch, and lets a chunk's weights (2 x 130 KiB for R1) and the tile's activations
-// (64 x 8 KiB) stay in L2 (1 MiB and up) together.
+// Tokens of one GEMM call. Bounds scratch, and lets a chunk's weights (2 x 126 KiB for R1 in Q4_K) and the tile's
+// activations (64 x 8.75 KiB) stay together in an L2 of 1 MiB.
 constexpr int kTokenTile = 64;
 
 // Activations that are worth a work item of their own: below this, taking the item costs as much as the quantising.

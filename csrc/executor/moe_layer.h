@@ -1,4 +1,4 @@
-// One layer's experts: the checks of its tensors, its weights, and the four stages that compute it.
+// One layer's experts: its weights and the four stages that compute it.
 #pragma once
 
 #include <atomic>

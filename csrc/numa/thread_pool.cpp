@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cfenv>
 #include <cstdio>
 #include <cstring>
 #include <exception>
@@ -69,9 +70,11 @@ ThreadPool::ThreadPool(const std::vector<int>& cpus)
   for (int cpu : cpus)
     KT_CHECK(cpu >= 0 && cpu < kMaxCpus, "cpus has ", cpu, ", expected logical CPU numbers (see /proc/cpuinfo)");
 
-  sigset_t all, before;  // inherited, so that no signal of the process is ever handled on a worker
-  sigfillset(&all);
-  pthread_sigmask(SIG_SETMASK, &all, &before);
+  sigset_t blocked, before;  // inherited, so that no signal of the process is ever handled on a worker
+  sigfillset(&blocked);
+  // A fault of the worker itself: blocked, it would end the process without the handlers that say where.
+  for (int fault : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP}) sigdelset(&blocked, fault);
+  pthread_sigmask(SIG_SETMASK, &blocked, &before);
   started_ = 1;  // being placed counts as the first job
   threads_.reserve(cpus.size());
   try {
@@ -121,6 +124,7 @@ void ThreadPool::main(int worker) {
   char name[16];  // the kernel's limit
   std::snprintf(name, sizeof(name), "kt-worker-%d", worker);
   pthread_setname_np(pthread_self(), name);
+  std::fesetenv(FE_DFL_ENV);  // rounding to nearest, subnormals kept: a thread inherits its creator's
   placements_[worker].pin_error = pin_to(cpus_[worker]);
   placements_[worker].policy_error = syscall(SYS_set_mempolicy, kMpolDefault, nullptr, 0) == 0 ? 0 : errno;
 
@@ -155,6 +159,8 @@ void ThreadPool::finish_phase() {
     if (!failed_.load(std::memory_order_relaxed)) next = job_->next_phase(phase_);
   } catch (const std::exception& error) {
     record_error(error.what());
+  } catch (...) {
+    record_error("unknown exception");
   }
   phase_ = next;
   if (next == kDone)

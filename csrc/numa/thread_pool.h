@@ -28,8 +28,9 @@ class ThreadPool {
     ~Job() = default;
   };
 
-  // One worker an entry of cpus, pinned to that logical CPU, with the default memory policy and all signals blocked:
-  // nothing of the creating thread's affinity or memory binding leaks in. Returns when all are in place.
+  // One worker an entry of cpus, pinned to that logical CPU, with the default memory policy, the default floating point
+  // environment, and all signals but its own faults blocked: nothing of the creating thread leaks in. Returns when all
+  // are in place.
   // Throws kt::Error when cpus is empty or a thread cannot be created.
   explicit ThreadPool(const std::vector<int>& cpus);
   ~ThreadPool();  // waits for the running job

@@ -196,6 +196,14 @@ TEST(type_without_kernels) {
   CHECK_ERROR(check_layer(layer.spec, poor, 7), "layer 7, tensor gate", "poor has no kernels for type F32", "Q8_0");
 }
 
+// 2^24 experts of 2^24 x 2^24: 2^74 bytes, which in 64 bits is nothing at all, as no span holds.
+TEST(sizes_that_overflow) {
+  const int size = 1 << 24;
+  MoELayerSpec spec;
+  for (ExpertTensor* tensor : {&spec.gate, &spec.up, &spec.down}) *tensor = {GgmlType::F32, size, size, size, {}};
+  CHECK_ERROR(check_layer(spec, *kernel_tables().back(), 0), "tensor gate", "more than 281474976710656 bytes");
+}
+
 TEST(misuse) {
   Layer layer(GgmlType::F32, 2, 8, 8);
   MoEExecutor executor({"reference", {0}, 4});

@@ -81,6 +81,16 @@ TEST(errors) {
   CHECK(directory.error().find("failed (Is a directory)") != std::string::npos, directory.error());
 }
 
+TEST(cancelled_before_it_began) {
+  const test::TempFile file(random_bytes(10'000));
+  std::vector<uint8_t> memory(10'000);
+  ExpertLoader loader;
+  loader.add({file.path(), 0, 10'000}, memory.data());
+  loader.cancel();
+  load(loader, 2);
+  CHECK(loader.bytes_done() == 0 && loader.error().empty(), loader.bytes_done() << " bytes read; " << loader.error());
+}
+
 TEST(cancel) {
   const test::TempFile file({});
   const int64_t size = int64_t{256} << 20;

@@ -2,6 +2,7 @@
 #include <sched.h>
 #include <signal.h>
 
+#include <cfenv>
 #include <chrono>
 #include <functional>
 #include <stdexcept>
@@ -129,11 +130,40 @@ TEST(destructor_waits_for_the_job) {
   CHECK(runs == 6, runs << " runs, expected 2 workers x 3 phases");
 }
 
+TEST(an_exception_between_phases_is_reported_by_wait) {
+  struct Failing final : ThreadPool::Job {
+    void run(int, int) override {}
+    int next_phase(int phase) override {
+      if (phase == 0) throw std::logic_error("no next phase");
+      throw 1;
+    }
+  } job;
+  ThreadPool pool(some_cpus(2));
+  pool.start(&job, 0);
+  CHECK_ERROR(pool.wait(), "no next phase");
+  pool.start(&job, 1);
+  CHECK_ERROR(pool.wait(), "unknown exception");
+  pool.wait();  // reported once
+}
+
+// What torch or a library set in the creating thread (flushing subnormals is the usual thing) changes no result.
+TEST(floating_point_environment) {
+  const int before = std::fegetround();
+  std::fesetround(FE_UPWARD);
+  ThreadPool pool(some_cpus(2));
+  std::fesetround(before);
+  std::vector<int> modes(2, -1);
+  Calling job([&](int, int worker) { modes[worker] = std::fegetround(); });
+  pool.start(&job, 2);
+  pool.wait();
+  for (int mode : modes) CHECK(mode == FE_TONEAREST, "rounding mode " << mode);
+}
+
 TEST(placement) {
   const std::vector<int> cpus = some_cpus(2);
   ThreadPool pool(cpus);
   CHECK(pool.placement_report().starts_with("pinned 2 threads to CPUs "), pool.placement_report());
-  std::vector<int> cpu_counts(2), signals_blocked(2);
+  std::vector<int> cpu_counts(2), signals_blocked(2), faults_blocked(2);
   Calling job([&](int, int worker) {
     cpu_set_t own;
     sched_getaffinity(0, sizeof(own), &own);
@@ -141,12 +171,14 @@ TEST(placement) {
     sigset_t blocked;
     pthread_sigmask(SIG_BLOCK, nullptr, &blocked);
     signals_blocked[worker] = sigismember(&blocked, SIGINT) && sigismember(&blocked, SIGTERM);
+    faults_blocked[worker] = sigismember(&blocked, SIGSEGV) || sigismember(&blocked, SIGFPE);
   });
   pool.start(&job, 2);
   pool.wait();
   for (int worker = 0; worker < 2; ++worker) {
     CHECK(cpu_counts[worker] == 1, "worker " << worker << " may run on " << cpu_counts[worker] << " CPUs");
     CHECK(signals_blocked[worker], "worker " << worker << " takes signals");
+    CHECK(!faults_blocked[worker], "worker " << worker << " would die of a fault without a word");
   }
   const ThreadPool lost({cpus[0], 4000});
   CHECK(lost.placement_report().find("1 not pinned to CPUs 4000 (") != std::string::npos, lost.placement_report());

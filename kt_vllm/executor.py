@@ -7,6 +7,9 @@ import torch
 
 from kt_vllm import _native
 from kt_vllm.checkpoint import LayerExperts
+from kt_vllm.log import init_logger
+
+logger = init_logger(__name__)
 
 _FLOAT_TYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
@@ -78,3 +81,9 @@ class LayerHandle:
     def wait(self) -> None:
         """Returns when the output of the last submit() is complete."""
         self._native.wait()
+        if self._native.num_invalid_ids:
+            logger.warning_once(
+                "kt_vllm: the router named experts that do not exist (first seen in layer %d of this process); such "
+                "choices count as none. The usual cause is a NaN before this layer.",
+                self._index,
+            )

@@ -73,6 +73,8 @@ def main() -> None:
         use_tqdm=False,
     )
     print("SCORE " + json.dumps(compare(outputs, expected, tokens)), flush=True)
+    # Left to the interpreter's end, vLLM's monitor threads now and then abort it ("terminate called ...").
+    llm.llm_engine.engine_core.shutdown()
 
 
 if __name__ == "__main__":

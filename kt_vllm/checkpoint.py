@@ -106,7 +106,7 @@ def iter_dense(
     plan: CheckpointPlan,
     dtype: "torch.dtype | None" = None,
     wanted: Callable[[str], bool] | None = None,
-    on_bytes: Callable[[int], None] | None = None,
+    on_bytes: Callable[[int], object] | None = None,
 ) -> Iterator[tuple[str, "torch.Tensor"]]:
     """(Hugging Face name, values) of each dense parameter in file order, one in memory at a time.
 

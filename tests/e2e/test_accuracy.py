@@ -1,6 +1,7 @@
 """The whole way of a token, through real vLLM, against exact float32 log-probabilities."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,10 @@ CONFIGURATIONS = {
 }
 
 
+def workers(llm: dict) -> int:
+    return llm.get("tensor_parallel_size", 1) * llm.get("pipeline_parallel_size", 1)
+
+
 def score(llm: dict, kt: dict | None = None) -> tuple[dict, str]:
     """What score.py printed for these arguments, and its whole log."""
     process = subprocess.run(
@@ -32,6 +37,8 @@ def score(llm: dict, kt: dict | None = None) -> tuple[dict, str]:
         text=True,
         timeout=420,
         check=False,
+        # vLLM binds one worker to each NUMA node by itself; two workers on one node are told their cores.
+        env={**os.environ, **({"VLLM_CPU_OMP_THREADS_BIND": "0|1"} if workers(llm) == 2 else {})},
     )
     log = process.stdout + process.stderr
     lines = [line for line in process.stdout.splitlines() if line.startswith("SCORE ")]

@@ -13,7 +13,7 @@ from gguf.constants import GGUFValueType as T
 
 from kt_vllm.errors import GGUFError
 from kt_vllm.gguf import GGUFModel
-from kt_vllm.gguf.header import _read_header
+from kt_vllm.gguf.header import _read_header, _Reader
 from tests import gguf_files as files
 
 
@@ -72,6 +72,11 @@ def check(text: str, *parts: str) -> None:
         ),
         (files.raw([files.key("general.alignment", T.UINT32, struct.pack("<I", 24))]), ["alignment is 24"]),
         (files.raw([files.key("general.alignment", T.FLOAT32, struct.pack("<f", 32))]), ["alignment is 32.0"]),
+        (
+            files.raw([files.key("general.alignment", T.UINT64, struct.pack("<Q", 32))]),
+            ["damaged", "general.alignment"],
+        ),
+        (files.raw([files.key("GGUF.version", T.UINT8, b"\1")]), ["damaged", "'GGUF.version'", "twice"]),
         (
             files.raw([files.key("a", T.UINT8, b"\1")], [files.entry("t", [4])], data=bytes(16)),
             ["general.architecture"],
@@ -147,6 +152,20 @@ def test_truncated_data_names_the_first_tensor_cut(tmp_path: Path) -> None:
     needed = tensors[-1].offset + tensors[-1].nbytes
     os.truncate(path, tensors[5].offset + 1)
     check(refusal(path), "truncated", f"{tensors[5].offset + 1:,}", f"{needed:,}", repr(tensors[5].name))
+
+
+def test_a_file_cut_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ends in a sentence too: reading a mapping would end the process with SIGBUS."""
+    path = tmp_path / "cut.gguf"
+    path.write_bytes(files.raw([files.key("a", T.STRING, files.string(bytes(4 << 20)))]))
+    real = _Reader._build_fields
+
+    def cut(self: _Reader, offs: int, count: int) -> int:
+        os.truncate(path, 2 << 20)
+        return real(self, offs, count)
+
+    monkeypatch.setattr(_Reader, "_build_fields", cut)
+    check(refusal(path), "cut.gguf", "became shorter")
 
 
 def shards(tmp_path: Path) -> list[Path]:

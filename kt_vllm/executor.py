@@ -19,6 +19,7 @@ class CPUExpertExecutor:
 
     def __init__(self, *, isa: str, cpus: Sequence[int], max_num_tokens: int) -> None:
         self.native = _native.Executor(isa=isa, cpus=list(cpus), max_num_tokens=max_num_tokens)
+        self._warned = False
         self._finalizer = weakref.finalize(self, self.native.close)
 
     def add_layer(self, experts: LayerExperts) -> "LayerHandle":
@@ -28,6 +29,16 @@ class CPUExpertExecutor:
             for tensor in (experts.gate, experts.up, experts.down)
         )
         return LayerHandle(self, self.native.add_layer(gate, up, down), hidden_size=experts.gate.shape[2])
+
+    def warn_of_invalid_ids(self, index: int) -> None:
+        """Logs once that layer `index` was the first to get expert ids that do not exist."""
+        if not self._warned:
+            self._warned = True
+            logger.warning(
+                "kt_vllm: the router named experts that do not exist (first seen in layer %d of this process); such "
+                "choices count as none. The usual cause is a NaN before this layer.",
+                index,
+            )
 
     def close(self) -> None:
         """Joins the threads and frees the weights."""
@@ -82,8 +93,4 @@ class LayerHandle:
         """Returns when the output of the last submit() is complete."""
         self._native.wait()
         if self._native.num_invalid_ids:
-            logger.warning_once(
-                "kt_vllm: the router named experts that do not exist (first seen in layer %d of this process); such "
-                "choices count as none. The usual cause is a NaN before this layer.",
-                self._index,
-            )
+            self._executor.warn_of_invalid_ids(self._index)

@@ -33,7 +33,7 @@ class KTConfigParser(HFConfigParser):
         if dropped is not None:
             if hasattr(config, "quantization_config"):
                 del config.quantization_config
-            logger.info_once(
+            logger.info(
                 "kt_vllm: ignoring the %s quantization of config.json; the weights come from the GGUF.",
                 dropped.get("quant_method", "unnamed"),
             )

@@ -66,7 +66,7 @@ def prepare(engine_args: "EngineArgs") -> KTConfig | None:
     engine_args.load_format = LOAD_FORMAT
     engine_args.config_format = CONFIG_FORMAT
     if current_platform.is_cpu() and compat.disable_cpu_rotary_op(engine_args.compilation_config):
-        logger.info_once(
+        logger.info(
             "kt_vllm: using vLLM's torch rotary embedding; its CPU op is wrong for interleaved RoPE in eager mode."
         )
     return config

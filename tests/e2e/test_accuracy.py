@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.e2e.score import MODEL_DIR
 from tests.tolerances import MAX_MEAN_KL, MAX_MEAN_NLL_DIFFERENCE, MAX_MISSING_MASS
 
 SCORE = Path(__file__).with_name("score.py")
@@ -29,10 +31,10 @@ def workers(llm: dict) -> int:
     return llm.get("tensor_parallel_size", 1) * llm.get("pipeline_parallel_size", 1)
 
 
-def score(llm: dict, kt: dict | None = None) -> tuple[dict, str]:
+def score(llm: dict, kt: dict | None = None, *flags: str) -> tuple[dict, str]:
     """What score.py printed for these arguments, and its whole log."""
     process = subprocess.run(
-        [sys.executable, str(SCORE), "--llm", json.dumps(llm), "--kt", json.dumps(kt or {})],
+        [sys.executable, str(SCORE), "--llm", json.dumps(llm), "--kt", json.dumps(kt or {}), *flags],
         capture_output=True,
         text=True,
         timeout=420,
@@ -62,6 +64,25 @@ def test_reference_isa_and_two_threads() -> None:
     result, log = score({"enforce_eager": True}, {"isa": "reference", "cpu_infer": 2})
     assert_exact_enough(result)
     assert "reference" in log and "its CPU op is wrong for interleaved RoPE" in log
+
+
+def test_quantization_config_of_the_model_folder_is_ignored(tmp_path: Path) -> None:
+    """DeepSeek-R1's config.json announces fp8 weights, for which vLLM's CPU platform has no kernels at all."""
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in MODEL_DIR.glob("*.json"):
+        shutil.copy(file, model)
+    config = json.loads((model / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+    }
+    (model / "config.json").write_text(json.dumps(config))
+    result, log = score({"enforce_eager": True}, {}, "--model", str(model))
+    assert_exact_enough(result)
+    assert "ignoring the fp8 quantization of config.json" in log
 
 
 def test_eager_is_wrong_without_our_workaround() -> None:

@@ -58,23 +58,17 @@ def main() -> None:
     tokens = np.load(MODEL_DIR / "eval_tokens.npy")
     expected = dict(np.load(MODEL_DIR / "expected-Q4_K_M.npz"))
     extra = {} if args.gguf == "none" else {"additional_config": {"kt": {"gguf": args.gguf, **json.loads(args.kt)}}}
-    llm = LLM(
-        args.model,
-        dtype="bfloat16",
-        max_model_len=1024,
-        max_num_seqs=8,
-        max_logprobs=NUM_LOGPROBS,
-        **extra,
-        **json.loads(args.llm),
-    )
+    defaults = {"dtype": "bfloat16", "max_model_len": 1024, "max_num_seqs": 8, "max_logprobs": NUM_LOGPROBS}
+    llm = LLM(args.model, **{**defaults, **extra, **json.loads(args.llm)})
     outputs = llm.generate(
         [{"prompt_token_ids": row.tolist()} for row in tokens],
         SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=NUM_LOGPROBS, detokenize=False),
         use_tqdm=False,
     )
     print("SCORE " + json.dumps(compare(outputs, expected, tokens)), flush=True)
-    # Left to the interpreter's end, vLLM's monitor threads now and then abort it ("terminate called ...").
+    # Not through the interpreter's end: vLLM's output thread may still free tensors there, and torch then aborts.
     llm.llm_engine.engine_core.shutdown()
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 JOBS ?= $(shell nproc)
 CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.inc' 'tests/*.h' 'tests/*.cpp')
-PY_FILES = kt_vllm tests tools examples setup.py
+PY_FILES = kt_vllm tests tools examples benchmarks setup.py
 BIN = .venv/bin
 # Make's own jobs would only fight over the cores with those of cmake and pip.
 .NOTPARALLEL:

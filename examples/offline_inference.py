@@ -12,7 +12,13 @@ PROMPTS = ["The function returns the number of", "To install the package, run", 
 
 def main() -> None:
     # The same without this package's LLM: vllm.LLM(model, additional_config={"kt": {"gguf": "..."}}).
-    llm = LLM(str(MODEL), kt_gguf=str(MODEL / "tiny-deepseek-v3-Q4_K_M.gguf"), max_model_len=1024, max_num_seqs=4)
+    llm = LLM(
+        str(MODEL),
+        kt_gguf=str(MODEL / "tiny-deepseek-v3-Q4_K_M.gguf"),
+        max_model_len=1024,
+        max_num_seqs=4,
+        kv_cache_memory_bytes=256 << 20,  # vLLM's default is most of the machine
+    )
     for request in llm.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=32)):
         print(f"{request.prompt!r} -> {request.outputs[0].text!r}")
 

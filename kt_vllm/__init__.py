@@ -9,6 +9,7 @@ The files in the order a request meets them:
     preflight   everything that can be refused is refused here, before the engine starts
     cpus        which logical CPUs the executor's threads are pinned to
     memory      does it all fit
+    hf_config   config.json without the quantisation of weights we do not load
     gguf/       files to tensors: headers, shards, dequantisation
     families    tensor names of each model family, as data
     checkpoint  which tensor goes where, complete in both directions

@@ -149,7 +149,7 @@ void MoELayer::gate_up(const MoEPiece& piece, std::atomic<int64_t>& next_item, i
       const int first_slot = group.first_slot + done;
       const auto multiply = [&](const LoadedTensor& tensor, const uint8_t* input, float* output) {
         tensor.kernels->gemm({.weights = tensor.row(group.expert, first_row),
-                              .weight_row_bytes = tensor.row_bytes,
+                              .panel_bytes = tensor.row_bytes,
                               .activations = input,
                               .activation_row_bytes = activation_row_bytes(*tensor.kernels, hidden_size()),
                               .token_rows = groups.slot_tokens() + first_slot,
@@ -202,7 +202,7 @@ void MoELayer::down_sum(const MoEPiece& piece, std::atomic<int64_t>& next_item, 
         const int num_tokens = std::min(kTokenTile, group.num_slots - done);
         const int first_slot = group.first_slot + done;
         down.kernels->gemm({.weights = down.row(group.expert, first_row),
-                            .weight_row_bytes = down.row_bytes,
+                            .panel_bytes = down.row_bytes,
                             .activations = piece.workspace->intermediate_quant() + first_slot * row_bytes,
                             .activation_row_bytes = row_bytes,
                             .token_rows = nullptr,

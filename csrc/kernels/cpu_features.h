@@ -10,9 +10,16 @@ enum CpuFeature : uint32_t {
   kAvx2 = 1u << 0,
   kFma = 1u << 1,
   kF16c = 1u << 2,
+  kAvxVnni = 1u << 3,
+  kAvx512 = 1u << 4,  // F, BW, DQ and VL: every CPU since Skylake-X that has any
+  kAvx512Vnni = 1u << 5,
+  kAvx512Bf16 = 1u << 6,
+  kAmxTile = 1u << 7,  // tiles, and the kernel's permission to use them
+  kAmxBf16 = 1u << 8,
 };
 
-// Bits of CpuFeature that both CPUID and XCR0 (the register state the operating system saves) grant.
+// Bits of CpuFeature that CPUID, XCR0 (the register state the operating system saves) and, for AMX, the kernel grant.
+// Asks the kernel for permission to use tiles, which threads created later inherit.
 uint32_t detect_cpu_features();
 
 // Linux flag names, e.g. "avx2 fma".

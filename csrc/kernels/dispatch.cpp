@@ -21,26 +21,36 @@ namespace {
 
 std::string known_isas() {
   std::string names = "auto";
-  for (const KernelTable* table : kernel_tables()) names += std::string(", ") + table->isa;
+  const char* last = "auto";
+  for (const KernelTable* table : kernel_tables())
+    if (std::string_view(table->isa) != last) names += std::string(", ") + (last = table->isa);
   return names;
+}
+
+// "avx512 with VNNI"
+std::string full_name(const KernelTable& table) {
+  return *table.variant == 0 ? table.isa : std::string(table.isa) + " with " + table.variant;
 }
 
 }  // namespace
 
 KernelChoice choose_kernel_table(std::string_view requested, uint32_t features) {
-  std::string refused;  // "; avx2: lacks fma"
+  std::string refused;                 // "; avx2 lacks fma"
+  const KernelTable* least = nullptr;  // the last, least demanding table of the requested isa
   for (const KernelTable* table : kernel_tables()) {
+    if (requested != "auto" && requested != table->isa) continue;
+    least = table;
     const std::string missing = cpu_feature_names(table->required_features & ~features);
-    if (requested == table->isa) {
-      KT_CHECK(missing.empty(), "kernels '", requested, "' need ", cpu_feature_names(table->required_features),
-               ", but this CPU or its operating system lacks ", missing, "; choose 'auto'");
-      return {table, std::string(table->isa) + ": requested"};
+    if (missing.empty()) {
+      const char* why = requested == "auto" ? ": the best this CPU can run" : ": requested";
+      return {table, full_name(*table) + why + refused};
     }
-    if (requested != "auto") continue;
-    if (missing.empty()) return {table, std::string(table->isa) + ": the best this CPU can run" + refused};
-    refused += std::string("; ") + table->isa + ": lacks " + missing;
+    refused += "; " + full_name(*table) + " lacks " + missing;
   }
-  fail("kernels '", requested, "' do not exist, expected one of ", known_isas());
+  KT_CHECK(least != nullptr, "kernels '", requested, "' do not exist, expected one of ", known_isas());
+  fail("kernels '", requested, "' need ", cpu_feature_names(least->required_features),
+       ", but this CPU or its operating system lacks ", cpu_feature_names(least->required_features & ~features),
+       "; choose 'auto'");
 }
 
 }  // namespace kt

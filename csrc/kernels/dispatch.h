@@ -18,8 +18,8 @@ struct KernelChoice {
 };
 
 // requested: "auto" or the isa of a table. `features` are CpuFeature bits (detect_cpu_features() outside tests).
-// "auto" takes the first table whose features are all present. Throws kt::Error for an unknown name (listing those
-// known) and for a table this CPU cannot run (naming the missing features).
+// Takes the first table, of that isa unless "auto", whose features are all present. Throws kt::Error for an unknown
+// name (listing those known) and for an isa of which this CPU can run no table (naming what the least of them lacks).
 KernelChoice choose_kernel_table(std::string_view requested, uint32_t features);
 
 }  // namespace kt

@@ -25,9 +25,10 @@ enum class ActivationFormat : int32_t {
 };
 inline constexpr int kNumActivationFormats = 3;
 
+// The vector kernels: any number of tokens, best for few.
 struct GemmParams {
-  const uint8_t* weights;  // [num_rows, weight_row_bytes], rows as in the GGUF file
-  size_t weight_row_bytes;
+  const uint8_t* weights;      // panels of TypeKernels::panel_rows rows, see kernels/panel.h
+  size_t panel_bytes;          // from one panel to the next
   const uint8_t* activations;  // [*, activation_row_bytes], written by the same table's quantize_activations
   size_t activation_row_bytes;
   const int32_t* token_rows;  // [num_tokens]: activations row of token t. May be nullptr: row t
@@ -37,6 +38,27 @@ struct GemmParams {
   int num_tokens;
   int k;  // multiple of the type's block size
 };
+
+// The tile kernels: bfloat16 activations in tiles, best from TypeKernels::tile_min_tokens tokens on.
+//
+// Activations of the tokens of an expert stand in tiles of 16 tokens x 32 k, each 1 KiB and contiguous:
+// [ceil(num_tokens / 16)][K / 32][16][32] bfloat16. Rows past num_tokens may hold anything.
+struct TileGemmParams {
+  const uint8_t* weights;         // panels of 16 rows, at the first k of this call
+  size_t panel_bytes;             // from one panel to the next
+  const uint8_t* activations;     // the first tile, at the first k of this call; 64-byte aligned
+  size_t activation_tile_stride;  // bytes from 16 tokens to the next 16
+  float* output;                  // [num_tokens, output_stride]; exactly [num_tokens, num_rows] is written
+  size_t output_stride;           // >= num_rows
+  bool accumulate;                // adds to output instead of overwriting it: for a K computed in parts
+  int num_rows;
+  int num_tokens;  // at least 1
+  int k;           // of this call; a multiple of 32 and of the type's block size
+};
+
+inline constexpr int kTileTokens = 16;
+inline constexpr int kTileK = 32;
+inline constexpr size_t kTileBytes = 1024;
 
 // The kernels for weights of one GGML type.
 struct TypeKernels {
@@ -48,10 +70,13 @@ struct TypeKernels {
   // so a long row can be split between threads. A block that holds a NaN or infinity decodes to NaN.
   void (*quantize_activations)(const float* x, uint8_t* blocks, int k);
   void (*gemm)(const GemmParams& params);
+  int panel_rows = 1;  // 1: weights as in the GGUF file; kPanelRows: repacked by kernels/panel.h
+  void (*tile_gemm)(const TileGemmParams& params) = nullptr;  // nullptr: none
+  int tile_min_tokens = 0;  // an expert with at least so many tokens is faster by tile_gemm (measured)
 };
 
 struct KernelTable {
-  const char* isa;             // "avx2", "reference"
+  const char* isa;             // what --kt-isa names: "amx", "avx512", "avx2", "reference"
   uint32_t required_features;  // CpuFeature bits; all must be present
   const TypeKernels* types;    // [num_types]
   int num_types;
@@ -62,6 +87,11 @@ struct KernelTable {
   // src: [n] of `type` <-> float32; round to nearest even, NaN stays NaN
   void (*load_floats)(const void* src, FloatType type, float* dst, int n);
   void (*store_floats)(const float* src, FloatType type, void* dst, int n);
+  // What sets it apart from other tables of the same isa, for the log: "VNNI"; "" when nothing does.
+  const char* variant = "";
+  // x: [k], k a multiple of 32 -> one token's row of activation tiles: 32 bfloat16 (64 bytes) at tiles + i * kTileBytes
+  // for each i < k / 32. nullptr in tables without tile_gemm.
+  void (*store_tile_row)(const float* x, uint8_t* tiles, int k) = nullptr;
 };
 
 // The kernels of `table` for `type`; nullptr when the table has none.

@@ -169,7 +169,7 @@ inline std::vector<float> run_gemm(const TypeKernels& kernels, const Weights& w,
   std::vector<float> output(static_cast<size_t>(num_tokens) * stride, kUntouched);
   GemmParams params;
   params.weights = w.data() + w.row_bytes * static_cast<size_t>(row_begin);
-  params.weight_row_bytes = w.row_bytes;
+  params.panel_bytes = w.row_bytes;
   params.activations = a.rows;
   params.activation_row_bytes = a.row_bytes;
   params.token_rows = token_rows;

@@ -58,7 +58,7 @@ inline void run_tile(const GemmParams& p, int row_begin, int row_end, int token)
   float* output = p.output + static_cast<size_t>(token) * p.output_stride;  // [T, output_stride]
   for (int row = row_begin; row < row_end; ++row) {
     float sums[T];
-    Kernel::template run<T>(p.weights + static_cast<size_t>(row) * p.weight_row_bytes, activations, p.k, sums);
+    Kernel::template run<T>(p.weights + static_cast<size_t>(row) * p.panel_bytes, activations, p.k, sums);
     for (int t = 0; t < T; ++t) output[t * p.output_stride + row] = sums[t];
   }
 }

@@ -38,7 +38,7 @@ template <GgmlType type>
 void gemm(const GemmParams& params) {
   const GgmlTypeInfo& info = ggml_type_info(type);
   for (int row = 0; row < params.num_rows; ++row) {
-    const uint8_t* weights = params.weights + static_cast<size_t>(row) * params.weight_row_bytes;
+    const uint8_t* weights = params.weights + static_cast<size_t>(row) * params.panel_bytes;
     for (int token = 0; token < params.num_tokens; ++token)
       params.output[static_cast<size_t>(token) * params.output_stride + row] = 0;
     for (int start = 0; start < params.k; start += kChunk) {

@@ -13,6 +13,7 @@
 #include "gguf/float_bits.h"
 #include "kernels/cpu_features.h"
 #include "kernels/dispatch.h"
+#include "kernels/panel.h"
 
 namespace kt {
 namespace {
@@ -67,9 +68,15 @@ void run_kernels(const GgmlTypeInfo& info, const uint8_t* bytes, int num_rows, s
     kernels->quantize_activations(x.data(), activations.get(), k);
     const int32_t token_rows[num_tokens] = {0, 0, 0};
     std::vector<float> output(static_cast<size_t>(num_tokens) * num_rows);
+    const size_t weight_row_bytes = blocks_per_row * info.block_bytes;
+    std::vector<uint8_t> panel;  // of at most 16 rows, from the heap and exactly as long as needed
+    if (kernels->panel_rows > 1) {
+      panel.resize(kPanelRows * weight_row_bytes);
+      pack_panel(info.type, bytes, weight_row_bytes, num_rows, k, panel.data());
+    }
     GemmParams params;
-    params.weights = bytes;
-    params.weight_row_bytes = blocks_per_row * info.block_bytes;
+    params.weights = kernels->panel_rows > 1 ? panel.data() : bytes;
+    params.panel_bytes = kernels->panel_rows > 1 ? panel.size() : weight_row_bytes;
     params.activations = activations.get();
     params.activation_row_bytes = row_bytes;
     params.token_rows = token_rows;

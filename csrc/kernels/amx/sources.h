@@ -9,8 +9,8 @@ namespace kt::KT_ISA_NAMESPACE {
 namespace {
 
 // Cutting a float32 to its upper 16 bits loses 2^-8 of its power of two on average, a relative 2^-8 / (2 ln 2) for
-// mantissas as numbers have them. Weights are made larger by that first: the mean error is then 0 and its spread that of
-// rounding to nearest, for two instructions less a vector.
+// mantissas as numbers have them. Weights are made larger by that first: the mean error is then 0 and its spread that
+// of rounding to nearest, for two instructions less a vector.
 constexpr float kBeforeCut = 1 + 0x1p-8f * 0.72135f;
 
 // Two vectors of float32 to 16 pairs of bfloat16, cut.
@@ -26,8 +26,8 @@ inline Ints round_to_pairs(Floats even, Floats odd) {
 }
 
 // weight = scale * code - min for four codes a lane. A code becomes a float by standing in the mantissa of a larger
-// power of two: codes up to 127 in its top 7 bits, of 2^23 (so it weighs 2^16), larger ones from bit 8 on, which is less
-// exact: the power of two is taken away again by the min, in float32.
+// power of two: codes up to 127 in its top 7 bits, of 2^23 (so it weighs 2^16), larger ones from bit 8 on, which is
+// less exact: the power of two is taken away again by the min, in float32.
 template <class Unpack>
 struct CodesToFloats {
   static constexpr bool kWide = Unpack::kMaxCode > 127;

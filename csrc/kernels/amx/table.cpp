@@ -19,18 +19,25 @@ namespace {
 // With fewer tokens the vector kernels are faster; measured, see benchmarks/RESULTS.md.
 constexpr int kMinTokensInt = 12, kMinTokensFloat = 4;
 
-#define KT_FLOAT_ENTRY(type)                                                                                           \
-  {GgmlType::type, ActivationFormat::F32,    1,          sizeof(float),    avx512_vnni::copy_activations,              \
-   avx512_vnni::gemm_##type, kPanelRows, tile_gemm_##type, kMinTokensFloat},
-#define KT_INT_ENTRY(type)                                                                                             \
-  {GgmlType::type,                                                                                                     \
-   ActivationFormat::INT8_32,                                                                                          \
-   32,                                                                                                                 \
-   sizeof(ActivationBlock32),                                                                                          \
-   avx512_vnni::quantize_int8_32,                                                                                      \
-   avx512_vnni::gemm_##type,                                                                                           \
-   kPanelRows,                                                                                                         \
-   tile_gemm_##type,                                                                                                   \
+#define KT_FLOAT_ENTRY(type)      \
+  {GgmlType::type,                \
+   ActivationFormat::F32,         \
+   1,                             \
+   sizeof(float),                 \
+   avx512_vnni::copy_activations, \
+   avx512_vnni::gemm_##type,      \
+   kPanelRows,                    \
+   tile_gemm_##type,              \
+   kMinTokensFloat},
+#define KT_INT_ENTRY(type)        \
+  {GgmlType::type,                \
+   ActivationFormat::INT8_32,     \
+   32,                            \
+   sizeof(ActivationBlock32),     \
+   avx512_vnni::quantize_int8_32, \
+   avx512_vnni::gemm_##type,      \
+   kPanelRows,                    \
+   tile_gemm_##type,              \
    kMinTokensInt},
 
 constexpr TypeKernels kTypes[] = {KT_FLOAT_TYPES(KT_FLOAT_ENTRY) KT_INT_TYPES(KT_INT_ENTRY)};

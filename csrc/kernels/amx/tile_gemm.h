@@ -12,9 +12,9 @@
 namespace kt::KT_ISA_NAMESPACE {
 namespace {
 
-constexpr int kChunkSteps = 8;                     // of weights made into tiles at once: 16 KiB for two panels
-constexpr int kChunkK = kChunkSteps * kTileK;      // 256, a whole number of blocks of every type
-constexpr size_t kRowBytes = 64;                   // of a tile
+constexpr int kChunkSteps = 8;                            // of weights made into tiles at once: 16 KiB for two panels
+constexpr int kChunkK = kChunkSteps * kTileK;             // 256, a whole number of blocks of every type
+constexpr size_t kRowBytes = 64;                          // of a tile
 using WeightTiles = uint8_t[kChunkSteps][2][kTileBytes];  // [step][panel]: [k / 2][16 rows][2]
 
 // Tile registers: 0 to 3 sums [token tile][panel], 4 and 5 activations, 6 and 7 weights.

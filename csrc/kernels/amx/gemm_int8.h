@@ -26,7 +26,7 @@ struct alignas(64) Products {
 
 // a0, a1: tiles [2][16 tokens][64] of two groups of tokens, or of the two planes of one.
 template <Planes planes, bool kTwo>
-inline void multiply_chunk(const WeightChunk& weights, const uint8_t* a0, const uint8_t* a1, Products& products) {
+inline void multiply_chunk(const WeightChunk& weights, const uint8_t* a0, const uint8_t* a1) {
   _tile_zero(0);
   _tile_zero(1);
   if constexpr (kTwo) {
@@ -56,12 +56,14 @@ inline void multiply_chunk(const WeightChunk& weights, const uint8_t* a0, const 
       }
     }
   }
+}
+
+inline void store_products(Products& products, bool two) {
   _tile_stored(0, products.tiles[0][0], kTileRowBytes);
   _tile_stored(1, products.tiles[0][1], kTileRowBytes);
-  if constexpr (kTwo) {
-    _tile_stored(2, products.tiles[1][0], kTileRowBytes);
-    _tile_stored(3, products.tiles[1][1], kTileRowBytes);
-  }
+  if (!two) return;
+  _tile_stored(2, products.tiles[1][0], kTileRowBytes);
+  _tile_stored(3, products.tiles[1][1], kTileRowBytes);
 }
 
 using TileSums = float[kMaxTileTokens][kRows];
@@ -113,49 +115,60 @@ inline void add_exact(const PendingJob& job, const Products& products, int group
   }
 }
 
-// Multiplies chunks with all tokens, each job followed by the scaling of the one before.
+// Multiplies chunks with all tokens. Storing a tile waits for its multiplications, and holds up everything behind it in
+// the reorder buffer: so a job's tiles are stored when the next begins, and the vector work of scaling the job before,
+// and of making weights, stands between.
 template <Planes planes, bool kPrecise>
 struct Multiplier {
   static constexpr int kJobTokens = kPrecise ? kTileTokens : 2 * kTileTokens;
 
   size_t group_bytes;
   int num_tokens;
-  Products products[2] = {};  // of this job and the one before
-  int job_number = 0;
-  PendingJob pending = {};
+  Products products = {};
+  PendingJob in_tiles = {}, in_products = {};
 
   // a, factors: of the chunk, in the first group of tokens. sums: of the first token, at the first row.
   inline void multiply(const WeightChunk& weights, const uint8_t* a, const uint8_t* factors, float (*sums)[kRows]) {
     for (int token = 0; token < num_tokens; token += kJobTokens) {
-      Products& current = products[job_number % 2];
       const int tokens = num_tokens - token < kJobTokens ? num_tokens - token : kJobTokens;
+      drain();
       if constexpr (kPrecise)
-        multiply_chunk<planes, true>(weights, a, a + kPlaneBytes, current);
+        multiply_chunk<planes, true>(weights, a, a + kPlaneBytes);
       else if (tokens > kTileTokens)
-        multiply_chunk<planes, true>(weights, a, a + group_bytes, current);
+        multiply_chunk<planes, true>(weights, a, a + group_bytes);
       else
-        multiply_chunk<planes, false>(weights, a, a, current);
-      finish();
-      pending = {tokens,
-                 sums + token,
-                 {reinterpret_cast<const float*>(factors), reinterpret_cast<const float*>(factors + group_bytes)},
-                 &weights};
-      ++job_number;
+        multiply_chunk<planes, false>(weights, a, a);
+      scale();
+      in_tiles = {tokens,
+                  sums + token,
+                  {reinterpret_cast<const float*>(factors), reinterpret_cast<const float*>(factors + group_bytes)},
+                  &weights};
       a += kJobTokens / kTileTokens * group_bytes;
       factors += kJobTokens / kTileTokens * group_bytes;
     }
   }
 
   inline void finish() {
-    const Products& before = products[1 - job_number % 2];
-    for (int group = 0; group * kTileTokens < pending.num_tokens; ++group) {
-      const int rest = pending.num_tokens - group * kTileTokens, tokens = rest < kTileTokens ? rest : kTileTokens;
+    drain();
+    scale();
+  }
+
+  inline void drain() {
+    if (in_tiles.num_tokens == 0) return;
+    store_products(products, kPrecise || in_tiles.num_tokens > kTileTokens);
+    in_products = in_tiles;
+    in_tiles.num_tokens = 0;
+  }
+
+  inline void scale() {
+    for (int group = 0; group * kTileTokens < in_products.num_tokens; ++group) {
+      const int rest = in_products.num_tokens - group * kTileTokens, tokens = rest < kTileTokens ? rest : kTileTokens;
       if constexpr (planes == Planes::kExact)
-        add_exact<kPrecise>(pending, before, group, tokens);
+        add_exact<kPrecise>(in_products, products, group, tokens);
       else
-        add_rounded<kPrecise>(pending, before, group, tokens);
+        add_rounded<kPrecise>(in_products, products, group, tokens);
     }
-    pending.num_tokens = 0;
+    in_products.num_tokens = 0;
   }
 };
 
@@ -180,48 +193,48 @@ inline void multiply_offsets(const uint8_t (&offsets)[2][kTileBytes], const uint
 template <class Unpack, Planes planes, bool kPrecise>
 inline void multiply_part(const TileGemmParams& p, const uint8_t* const (&panels)[2], const uint8_t* activations,
                           int num_tokens, int k_begin, int k_end, TileSums& sums) {
-  constexpr bool kExact = planes == Planes::kExact;
+  constexpr int kPanels = planes == Planes::kExact ? 1 : 2;  // multiplied together
+  constexpr int kCenter = planes == Planes::kExact ? 0 : Unpack::kCenter;
   const Int8Activations layout(p.k);
-  alignas(64) Codes codes[2];  // of each panel
-  alignas(64)
-      WeightChunk weights[3][2];  // being made, being multiplied, and whose steps are still needed; a panel each
+  alignas(64) Maker<Unpack, planes> makers[kPanels];
+  alignas(64) WeightChunk weights[3];  // being made, being multiplied, and whose steps are still needed
   alignas(64) OffsetTiles offsets;
-  alignas(64) Multiplier<planes, kPrecise> multiplier{p.group_bytes, num_tokens};
-  IntegerScales integer_scales[2];
+  alignas(64) Multiplier<planes, kPrecise> multiplier = {p.group_bytes, num_tokens};
   if constexpr (Unpack::kHasMin) std::memset(&offsets, 0, sizeof offsets);
 
-  const int num_chunks = round_up(k_end - k_begin, kChunkK);
-  for (int c = 0; c <= num_chunks; ++c) {
-    if (c < num_chunks) {
-      const int k = k_begin + c * kChunkK, in_codes = c % (kMaxCodesK / kChunkK);
-      const int codes_k = k_end - k < kMaxCodesK ? k_end - k : kMaxCodesK;
-      const int chunk_k = k_end - k < kChunkK ? k_end - k : kChunkK;
-      for (int i = 0; i < 2; ++i) {
-        if (in_codes == 0) {
-          const uint8_t* block = panels[i] + static_cast<size_t>(k / Unpack::kBlock) * kPanelRows * Unpack::kBlockBytes;
-          unpack_chunk<Unpack>(block, codes_k, codes[i]);
-          if constexpr (kExact) load_integer_scales(block, integer_scales[i]);
-          if constexpr (Unpack::kHasMin)
-            make_offsets(codes[i], kExact ? 0 : Unpack::kCenter, codes_k / Unpack::kGroup, k % kSumsK / Unpack::kGroup,
-                         i, offsets);
-        }
-        if constexpr (kExact)
-          make_planes(codes[i], integer_scales[i], in_codes, weights[c % 3][i]);
-        else
-          make_weights<Unpack>(codes[i], in_codes, chunk_k / Unpack::kGroup, i, weights[c % 3][0]);
+  // One behind: what was just stored is not read at once, and the tile unit works while the next weights are made.
+  struct {
+    const WeightChunk* weights;
+    int k, panel;
+  } made = {};
+  const auto multiply_made = [&] {
+    if (made.weights == nullptr) return;
+    const size_t chunk = static_cast<size_t>(made.k / kChunkK);
+    multiplier.multiply(*made.weights, activations + chunk * kChunkBytes,
+                        activations + layout.factors + chunk * kFactorBytes,
+                        reinterpret_cast<float (*)[kRows]>(sums[0] + made.panel * kPanelRows));
+  };
+
+  int number = 0;
+  for (int k_block = k_begin; k_block < k_end; k_block += kMaxCodesK) {
+    const int block_k = k_end - k_block < kMaxCodesK ? k_end - k_block : kMaxCodesK;
+    const size_t block = static_cast<size_t>(k_block / Unpack::kBlock) * kPanelRows * Unpack::kBlockBytes;
+    for (int panel = 0; panel < 2; panel += kPanels) {
+      for (int i = 0; i < kPanels; ++i) {
+        makers[i].begin(panels[panel + i] + block, block_k);
+        if constexpr (Unpack::kHasMin)
+          make_offsets(makers[i].codes, kCenter, block_k / Unpack::kGroup, k_block % kSumsK / Unpack::kGroup, panel + i,
+                       offsets);
+      }
+      for (int k = k_block; k < k_block + block_k; k += kChunkK, ++number) {
+        const int chunk_k = k_end - k < kChunkK ? k_end - k : kChunkK;
+        for (int i = 0; i < kPanels; ++i) makers[i].make((k - k_block) / kChunkK, chunk_k, i, weights[number % 3]);
+        multiply_made();
+        made = {&weights[number % 3], k, panel};
       }
     }
-    // One behind: what was just stored is not read at once, and the tile unit works while the next chunk is made.
-    if (c > 0) {
-      const size_t chunk = static_cast<size_t>(k_begin / kChunkK + c - 1);
-      const uint8_t *a = activations + chunk * kChunkBytes,
-                    *factors = activations + layout.factors + chunk * kFactorBytes;
-      multiplier.multiply(weights[(c - 1) % 3][0], a, factors, sums);
-      if constexpr (kExact)
-        multiplier.multiply(weights[(c - 1) % 3][1], a, factors,
-                            reinterpret_cast<float (*)[kRows]>(sums[0] + kPanelRows));
-    }
   }
+  multiply_made();
   multiplier.finish();
   if constexpr (Unpack::kHasMin) {
     constexpr int kTileOffsetK = 32 * Unpack::kGroup;

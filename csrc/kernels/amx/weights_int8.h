@@ -57,40 +57,61 @@ inline Ints centred(Ints quads) {  // int8, kCenter at 0, times 2^code_shift
   return sub_bytes(shift_left<kShift>(quads), splat(0x01010101u * ((Unpack::kCenter << kShift) & 0xff)));
 }
 
-// Chunk `chunk` (0 or 1) of the codes to weights.
-template <class Unpack>
-inline void make_weights(const Codes& codes, int chunk, int num_groups, int panel, WeightChunk& weights) {
-  constexpr int kGroups = kChunkK / Unpack::kGroup, kQuads = Unpack::kGroup / 4;
-  const int first = chunk * kGroups;
+// A 16-bit factor for each group of a chunk, in both halves of the row's lane: 32767 * scale / largest scale. An int8
+// code * 256 times that, divided by 2^15, has the rounded weight in its upper byte. steps: of the weights made so.
+template <int kMaxGroups>
+inline void make_factors(const Codes& codes, int first_group, int num_groups, int shift, Ints (&factors)[kMaxGroups],
+                         float* steps) {
   Floats largest = splat_float(0x1p-120f);  // so that its inverse is finite
   for (int g = 0; g < num_groups; ++g)
-    largest = _mm512_max_ps(_mm512_abs_ps(load_floats(codes.scales[first + g])), largest);
-  // The factor of a group is 32767 * scale / largest; multiplied by a code * 256 and divided by 2^15 it gives the int8
-  // in the upper byte of 16 bits.
+    largest = _mm512_max_ps(_mm512_abs_ps(load_floats(codes.scales[first_group + g])), largest);
   const Floats to_factor = _mm512_div_ps(splat_float(32767), largest);
-  store_floats(weights.steps[panel], multiply(largest, splat_float(32768.0f / 32767 / (1 << code_shift<Unpack>()))));
+  store_floats(steps, multiply(largest, splat_float(32768.0f / 32767 / static_cast<float>(1 << shift))));
   const Ints twice = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 0, 1, 4, 5, 4, 5, 8, 9, 8, 9, 12, 13, 12, 13));
-  const Ints upper = splat(0xff00ff00);
-  // Moving bytes by shuffles: the ports of shifts are busy with multiplications.
-  const Ints low_to_high =
-      _mm512_broadcast_i32x4(_mm_setr_epi8(-1, 0, -1, 2, -1, 4, -1, 6, -1, 8, -1, 10, -1, 12, -1, 14));
+  for (int g = 0; g < num_groups; ++g)
+    factors[g] =
+        _mm512_shuffle_epi8(_mm512_cvtps_epi32(multiply(load_floats(codes.scales[first_group + g]), to_factor)), twice);
+}
+
+// even, odd: codes * 256 of bytes 0 and 2, and 1 and 3, of each lane -> the four rounded weights.
+inline Ints round_weights(Ints even, Ints odd, Ints factor) {
+  // A shuffle, where a shift would do: the port of shifts is busy with multiplications.
   const Ints high_to_low =
       _mm512_broadcast_i32x4(_mm_setr_epi8(1, -1, 3, -1, 5, -1, 7, -1, 9, -1, 11, -1, 13, -1, 15, -1));
-  for (int g = 0; g < num_groups; ++g) {
-    const Ints factor =
-        _mm512_shuffle_epi8(_mm512_cvtps_epi32(multiply(load_floats(codes.scales[first + g]), to_factor)), twice);
-    for (int q = 0; q < kQuads; ++q) {
-      const Ints quads = centred<Unpack>(load(codes.quads[(first + g) * kQuads + q]));
-      const Ints even = _mm512_mulhrs_epi16(_mm512_shuffle_epi8(quads, low_to_high), factor);
-      const Ints odd = _mm512_mulhrs_epi16(bit_and(quads, upper), factor);
-      const int quad = g * kQuads + q;  // of the chunk
-      store(weights.tiles[quad / 16][panel] + quad % 16 * kTileRowBytes,
-            _mm512_ternarylogic_epi32(odd, upper, _mm512_shuffle_epi8(even, high_to_low), 0xea));  // (a and b) or c
-    }
-  }
-  for (int quad = num_groups * kQuads; quad < kChunkK / 4; ++quad)  // past the end of a row
-    store(weights.tiles[quad / 16][panel] + quad % 16 * kTileRowBytes, zero_ints());
+  const Ints low_bytes = _mm512_shuffle_epi8(_mm512_mulhrs_epi16(even, factor), high_to_low);
+  return _mm512_ternarylogic_epi32(_mm512_mulhrs_epi16(odd, factor), splat(0xff00ff00), low_bytes, 0xea);  // a & b | c
 }
+
+inline void store_weights(WeightChunk& weights, int quad, int which, Ints quads) {  // quad: of the chunk's 32
+  store(weights.tiles[quad / 16][which] + quad % 16 * kTileRowBytes, quads);
+}
+
+// Makes the weights of one panel, 256 k (a block) at a time. begin(), then make() for each of its chunks.
+template <class Unpack, Planes planes>
+struct Maker {
+  Codes codes;
+
+  // block: where the first of num_k <= 256 k stands in the panel.
+  inline void begin(const uint8_t* block, int num_k) { unpack_chunk<Unpack>(block, num_k, codes); }
+
+  // Chunk 0 or 1 of the block; num_k <= 128. panel: 0 or 1 of those in `weights`.
+  inline void make(int chunk, int num_k, int panel, WeightChunk& weights) {
+    constexpr int kGroups = kChunkK / Unpack::kGroup, kQuads = Unpack::kGroup / 4;
+    const int first_group = chunk * kGroups, num_groups = num_k / Unpack::kGroup;
+    Ints factors[kGroups];
+    make_factors(codes, first_group, num_groups, code_shift<Unpack>(), factors, weights.steps[panel]);
+    const Ints low_to_high =
+        _mm512_broadcast_i32x4(_mm_setr_epi8(-1, 0, -1, 2, -1, 4, -1, 6, -1, 8, -1, 10, -1, 12, -1, 14));
+    for (int g = 0; g < num_groups; ++g)
+      for (int q = 0; q < kQuads; ++q) {
+        const Ints quads = centred<Unpack>(load(codes.quads[(first_group + g) * kQuads + q]));
+        const Ints even = _mm512_shuffle_epi8(quads, low_to_high), odd = bit_and(quads, splat(0xff00ff00));
+        store_weights(weights, g * kQuads + q, panel, round_weights(even, odd, factors[g]));
+      }
+    for (int quad = num_groups * kQuads; quad < kChunkK / 4; ++quad)  // past the end of a row
+      store_weights(weights, quad, panel, zero_ints());
+  }
+};
 
 // Offsets of num_groups (even) groups of the codes, the first being group `group` of the two tiles.
 // center: what the codes are taken relative to.
@@ -121,20 +142,96 @@ inline void load_integer_scales(const uint8_t* block, IntegerScales& out) {
   out.d = load_f16(unit<2>(block, 0, 0, 0));
 }
 
-// Chunk `chunk` (0 or 1) of the codes of one panel as two planes.
-inline void make_planes(const Codes& codes, const IntegerScales& scales, int chunk, WeightChunk& weights) {
-  store_floats(weights.steps[0], scales.d);
-  for (int g = 0; g < 4; ++g) {
-    const Ints scale = scales.scales[4 * chunk + g];
-    const Ints low = bit_and(scale, splat(0x00070007)), high = _mm512_srli_epi16(scale, 3);
-    for (int q = 0; q < 8; ++q) {
-      const Ints quads = load(codes.quads[32 * chunk + 8 * g + q]);
-      uint8_t (&tiles)[2][kTileBytes] = weights.tiles[g / 2];
-      store(tiles[0] + (g % 2 * 8 + q) * kTileRowBytes, _mm512_mullo_epi16(quads, low));
-      store(tiles[1] + (g % 2 * 8 + q) * kTileRowBytes, _mm512_mullo_epi16(quads, high));
+inline void store_planes(WeightChunk& weights, int quad, Ints codes, Ints low, Ints high) {
+  store_weights(weights, quad, 0, _mm512_mullo_epi16(codes, low));
+  store_weights(weights, quad, 1, _mm512_mullo_epi16(codes, high));
+}
+
+inline Ints low_scale(Ints scale) { return bit_and(scale, splat(0x00070007)); }
+inline Ints high_scale(Ints scale) { return _mm512_srli_epi16(scale, 3); }
+
+inline void prefetch_block(const uint8_t* block, size_t bytes) {
+  const uintptr_t ahead = reinterpret_cast<uintptr_t>(block) + kPrefetchBytes;  // may lie past the end of the tensor
+  for (size_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(ahead + i), _MM_HINT_T0);
+}
+
+template <>
+struct Maker<UnpackQ5_K, Planes::kExact> {
+  Codes codes;
+  IntegerScales scales;
+
+  inline void begin(const uint8_t* block, int num_k) {
+    unpack_chunk<UnpackQ5_K>(block, num_k, codes);
+    load_integer_scales(block, scales);
+  }
+
+  inline void make(int chunk, int, int, WeightChunk& weights) {
+    store_floats(weights.steps[0], scales.d);
+    for (int g = 0; g < 4; ++g) {
+      const Ints scale = scales.scales[4 * chunk + g], low = low_scale(scale), high = high_scale(scale);
+      for (int q = 0; q < 8; ++q)
+        store_planes(weights, 8 * g + q, load(codes.quads[32 * chunk + 8 * g + q]), low, high);
     }
   }
-}
+};
+
+// Q4_K, the type most files are made of, straight from its nibbles.
+template <>
+struct Maker<UnpackQ4_K, Planes::kExact> {
+  Codes codes;  // scales and mins only
+  IntegerScales scales;
+  const uint8_t* block;
+
+  inline void begin(const uint8_t* at, int) {
+    block = at;
+    prefetch_block(block, size_t{kPanelRows} * UnpackQ4_K::kBlockBytes);
+    store_scales_k4(codes, block, 0);
+    load_integer_scales(block, scales);
+  }
+
+  inline void make(int chunk, int, int, WeightChunk& weights) {
+    store_floats(weights.steps[0], scales.d);
+    for (int i = 0; i < 2; ++i) {  // 64 k: a group of low nibbles, a group of high ones
+      const Ints first = scales.scales[4 * chunk + 2 * i], second = scales.scales[4 * chunk + 2 * i + 1];
+      const Ints low_1 = low_scale(first), high_1 = high_scale(first);
+      const Ints low_2 = low_scale(second), high_2 = high_scale(second);
+      for (int m = 0; m < 8; ++m) {
+        const Ints nibbles = load(unit(block, 16, 16 * chunk + 8 * i + m, 0));
+        store_planes(weights, 16 * i + m, low_nibbles(nibbles), low_1, high_1);
+        store_planes(weights, 16 * i + 8 + m, high_nibbles(nibbles), low_2, high_2);
+      }
+    }
+  }
+};
+
+template <>
+struct Maker<UnpackQ4_K, Planes::kRounded> {
+  Codes codes;  // scales and mins only
+  const uint8_t* block;
+
+  inline void begin(const uint8_t* at, int) {
+    block = at;
+    prefetch_block(block, size_t{kPanelRows} * UnpackQ4_K::kBlockBytes);
+    store_scales_k4(codes, block, 0);
+  }
+
+  inline void make(int chunk, int, int panel, WeightChunk& weights) {
+    Ints factors[4];
+    make_factors(codes, 4 * chunk, 4, code_shift<UnpackQ4_K>(), factors, weights.steps[panel]);
+    const Ints top = splat(0xf000f000), middle = splat(0x80008000);
+    // Each of the four nibbles of 16 bits to the top; less 8, as flipping the sign does.
+    const auto centred_at_top = [&](Ints shifted) { return _mm512_ternarylogic_epi32(shifted, top, middle, 0x6a); };
+    for (int i = 0; i < 2; ++i)
+      for (int m = 0; m < 8; ++m) {
+        const Ints n = load(unit(block, 16, 16 * chunk + 8 * i + m, 0));
+        store_weights(weights, 16 * i + m, panel,
+                      round_weights(bit_xor(_mm512_slli_epi16(n, 12), middle), centred_at_top(_mm512_slli_epi16(n, 4)),
+                                    factors[2 * i]));
+        store_weights(weights, 16 * i + 8 + m, panel,
+                      round_weights(centred_at_top(_mm512_slli_epi16(n, 8)), centred_at_top(n), factors[2 * i + 1]));
+      }
+  }
+};
 
 }  // namespace
 }  // namespace kt::KT_ISA_NAMESPACE

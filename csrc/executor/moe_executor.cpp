@@ -80,13 +80,19 @@ class MoECall final : public ThreadPool::Job {
   alignas(64) std::atomic<int64_t> next_item_{0};
 };
 
+std::vector<WorkerPlace> places_of(const ExecutorOptions& options) {
+  std::vector<WorkerPlace> places;
+  for (int cpu : options.cpus) places.push_back({cpu, -1});
+  return places;
+}
+
 }  // namespace
 
 struct MoEExecutor::Impl {
   Impl(const ExecutorOptions& options, KernelChoice chosen)
       : choice(std::move(chosen)),
         call(std::min(options.max_num_tokens, kMaxPieceTokens), static_cast<int>(options.cpus.size())),
-        pool(options.cpus) {}
+        pool(places_of(options)) {}
 
   ~Impl() {
     if (loader) loader->cancel();

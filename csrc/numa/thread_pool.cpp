@@ -21,8 +21,9 @@
 namespace kt {
 namespace {
 
-constexpr int kMpolDefault = 0;    // linux/mempolicy.h; libnuma is not a dependency
-constexpr int kMaxCpus = 1 << 16;  // far above any kernel's NR_CPUS (8192)
+constexpr int kMpolDefault = 0;     // linux/mempolicy.h; libnuma is not a dependency
+constexpr int kMaxCpus = 1 << 16;   // far above any kernel's NR_CPUS (8192)
+constexpr int kMaxNodes = 1 << 16;  // and MAX_NUMNODES (1024)
 
 // The mask type of the C library stops at CPU 1023; the kernel takes any length.
 int set_affinity(const std::vector<unsigned long>& mask) {
@@ -54,6 +55,12 @@ std::string cpu_list(std::vector<int> cpus) {
   return text.str();
 }
 
+std::vector<int> cpus_of(const std::vector<WorkerPlace>& places) {
+  std::vector<int> cpus;
+  for (const WorkerPlace& place : places) cpus.push_back(place.cpu);
+  return cpus;
+}
+
 bool repeats(std::vector<int> cpus) {
   std::sort(cpus.begin(), cpus.end());
   return std::adjacent_find(cpus.begin(), cpus.end()) != cpus.end();
@@ -61,14 +68,24 @@ bool repeats(std::vector<int> cpus) {
 
 }  // namespace
 
-ThreadPool::ThreadPool(const std::vector<int>& cpus)
-    : cpus_(cpus),
+ThreadPool::ThreadPool(const std::vector<WorkerPlace>& places)
+    : places_(places),
       // Two workers on one CPU: who spins keeps the other from running.
-      spin_ns_(repeats(cpus) ? 0 : kSpinNanoseconds),
-      placements_(cpus.size()) {
-  KT_CHECK(!cpus.empty(), "cpus is empty, expected the logical CPU of each worker thread, at least one");
-  for (int cpu : cpus)
+      spin_ns_(repeats(cpus_of(places)) ? 0 : kSpinNanoseconds),
+      placements_(places.size()) {
+  KT_CHECK(!places.empty(), "cpus is empty, expected the logical CPU of each worker thread, at least one");
+  for (const auto& [cpu, numa_node] : places) {
     KT_CHECK(cpu >= 0 && cpu < kMaxCpus, "cpus has ", cpu, ", expected logical CPU numbers (see /proc/cpuinfo)");
+    KT_CHECK(numa_node >= -1 && numa_node < kMaxNodes, "nodes has ", numa_node,
+             ", expected NUMA node numbers (see /sys/devices/system/node), or -1 for none");
+    const auto group = std::find_if(groups_.begin(), groups_.end(),
+                                    [node = numa_node](const Group& g) { return g.numa_node == node; });
+    group_of_.push_back(static_cast<int>(group - groups_.begin()));
+    if (group == groups_.end())
+      groups_.push_back({numa_node, 1});
+    else
+      ++group->num_workers;
+  }
 
   sigset_t blocked, before;  // inherited, so that no signal of the process is ever handled on a worker
   sigfillset(&blocked);
@@ -76,13 +93,13 @@ ThreadPool::ThreadPool(const std::vector<int>& cpus)
   for (int fault : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP}) sigdelset(&blocked, fault);
   pthread_sigmask(SIG_SETMASK, &blocked, &before);
   started_ = 1;  // being placed counts as the first job
-  threads_.reserve(cpus.size());
+  threads_.reserve(places.size());
   try {
     for (int worker = 0; worker < num_workers(); ++worker) threads_.emplace_back(&ThreadPool::main, this, worker);
   } catch (const std::system_error& error) {
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
     stop();
-    fail("worker thread ", threads_.size() + 1, " of ", cpus.size(), " could not be created (", error.what(),
+    fail("worker thread ", threads_.size() + 1, " of ", places.size(), " could not be created (", error.what(),
          "); ask for fewer threads or raise the limit (ulimit -u)");
   }
   pthread_sigmask(SIG_SETMASK, &before, nullptr);
@@ -118,14 +135,17 @@ void ThreadPool::wait() {
   fail("a worker thread failed: ", error_);
 }
 
-bool ThreadPool::on_worker_cpu() const { return std::find(cpus_.begin(), cpus_.end(), sched_getcpu()) != cpus_.end(); }
+bool ThreadPool::on_worker_cpu() const {
+  const int own = sched_getcpu();
+  return std::any_of(places_.begin(), places_.end(), [own](const WorkerPlace& place) { return place.cpu == own; });
+}
 
 void ThreadPool::main(int worker) {
   char name[16];  // the kernel's limit
   std::snprintf(name, sizeof(name), "kt-worker-%d", worker);
   pthread_setname_np(pthread_self(), name);
   std::fesetenv(FE_DFL_ENV);  // rounding to nearest, subnormals kept: a thread inherits its creator's
-  placements_[worker].pin_error = pin_to(cpus_[worker]);
+  placements_[worker].pin_error = pin_to(places_[worker].cpu);
   placements_[worker].policy_error = syscall(SYS_set_mempolicy, kMpolDefault, nullptr, 0) == 0 ? 0 : errno;
 
   uint32_t seen = 0;
@@ -180,9 +200,9 @@ std::string ThreadPool::describe_placement() const {
   for (int worker = 0; worker < num_workers(); ++worker) {
     const Placement& placement = placements_[worker];
     if (placement.pin_error == 0)
-      pinned.push_back(cpus_[worker]);
+      pinned.push_back(places_[worker].cpu);
     else
-      refused[placement.pin_error].push_back(cpus_[worker]);
+      refused[placement.pin_error].push_back(places_[worker].cpu);
     if (placement.policy_error != 0) policy_error = placement.policy_error;
   }
   std::ostringstream text;
@@ -191,6 +211,9 @@ std::string ThreadPool::describe_placement() const {
   for (const auto& [error, cpus] : refused)
     text << "; " << cpus.size() << " not pinned to CPUs " << cpu_list(cpus) << " (" << std::strerror(error)
          << "): the scheduler places them";
+  if (num_nodes() > 1)
+    for (int group = 0; group < num_nodes(); ++group)
+      text << (group == 0 ? "; threads of NUMA node " : ", ") << numa_node(group) << ": " << workers_on(group);
   if (policy_error != 0)
     text << "; memory policy not reset (" << std::strerror(policy_error)
          << "): pages go where the creator's policy says";

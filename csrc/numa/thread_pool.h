@@ -11,6 +11,12 @@
 
 namespace kt {
 
+// Where a worker belongs: its logical CPU and the memory node of that, -1 when unknown or of no matter.
+struct WorkerPlace {
+  int cpu;
+  int numa_node;
+};
+
 // start(), done() and wait() are for one thread at a time; they never allocate, and lock nothing.
 // Between two phases all workers meet. Waiting threads spin for kSpinNanoseconds, then sleep: an idle pool uses no CPU.
 class ThreadPool {
@@ -28,14 +34,21 @@ class ThreadPool {
     ~Job() = default;
   };
 
-  // One worker an entry of cpus, pinned to that logical CPU, with the default memory policy, the default floating point
+  // One worker an entry of places, pinned to its CPU, with the default memory policy, the default floating point
   // environment, and all signals but its own faults blocked: nothing of the creating thread leaks in. Returns when all
   // are in place.
-  // Throws kt::Error when cpus is empty or a thread cannot be created.
-  explicit ThreadPool(const std::vector<int>& cpus);
+  // Throws kt::Error when places is empty or a thread cannot be created.
+  explicit ThreadPool(const std::vector<WorkerPlace>& places);
   ~ThreadPool();  // waits for the running job
 
-  int num_workers() const { return static_cast<int>(cpus_.size()); }
+  int num_workers() const { return static_cast<int>(places_.size()); }
+
+  // Workers of one memory node are a group; groups are numbered in order of first appearance in places.
+  int num_nodes() const { return static_cast<int>(groups_.size()); }
+  int node_of(int worker) const { return group_of_[worker]; }
+  int numa_node(int group) const { return groups_[group].numa_node; }  // the system's number, or -1
+  int workers_on(int group) const { return groups_[group].num_workers; }
+
   // One line: where the workers run, and why not where they should.
   const std::string& placement_report() const { return placement_report_; }
 
@@ -46,6 +59,10 @@ class ThreadPool {
   void wait();
 
  private:
+  struct Group {
+    int numa_node;
+    int num_workers;
+  };
   struct Placement {
     int pin_error = 0;     // errno, 0 when pinned
     int policy_error = 0;  // errno, 0 when reset
@@ -59,7 +76,9 @@ class ThreadPool {
   bool on_worker_cpu() const;
   std::string describe_placement() const;
 
-  std::vector<int> cpus_;
+  std::vector<WorkerPlace> places_;
+  std::vector<Group> groups_;
+  std::vector<int> group_of_;  // [num_workers]
   int64_t spin_ns_;
   std::vector<Placement> placements_;
   std::string placement_report_;

@@ -17,7 +17,7 @@ std::vector<uint8_t> random_bytes(size_t size) {
 }
 
 void load(ExpertLoader& loader, int num_workers) {
-  ThreadPool pool(std::vector<int>(num_workers, 0));
+  ThreadPool pool(std::vector<WorkerPlace>(num_workers, {0, -1}));
   pool.start(&loader, 0);
   pool.wait();
 }
@@ -98,7 +98,7 @@ TEST(cancel) {
   NodeMemory memory(size, "a test");
   ExpertLoader loader;
   loader.add({file.path(), 0, static_cast<uint64_t>(size)}, memory.data());
-  ThreadPool pool({0, 0});
+  ThreadPool pool({{0, -1}, {0, -1}});
   pool.start(&loader, 0);
   while (loader.bytes_done() == 0) std::this_thread::yield();
   loader.cancel();

@@ -17,13 +17,13 @@ namespace kt {
 namespace {
 
 // Some CPUs this process may use, repeated when there are fewer.
-std::vector<int> some_cpus(int count) {
+std::vector<WorkerPlace> some_cpus(int count) {
   cpu_set_t allowed;
   sched_getaffinity(0, sizeof(allowed), &allowed);
-  std::vector<int> cpus;
-  for (int cpu = 0; static_cast<int>(cpus.size()) < count; cpu = (cpu + 1) % CPU_SETSIZE)
-    if (CPU_ISSET(cpu, &allowed)) cpus.push_back(cpu);
-  return cpus;
+  std::vector<WorkerPlace> places;
+  for (int cpu = 0; static_cast<int>(places.size()) < count; cpu = (cpu + 1) % CPU_SETSIZE)
+    if (CPU_ISSET(cpu, &allowed)) places.push_back({cpu, -1});
+  return places;
 }
 
 // The phases of plain numbers: each worker adds to its own cell, and one of them checks all cells between phases.
@@ -104,7 +104,8 @@ TEST(an_exception_is_reported_by_wait) {
 
 TEST(misuse_and_bad_options) {
   CHECK_ERROR(ThreadPool({}), "cpus is empty");
-  CHECK_ERROR(ThreadPool({-1}), "cpus has -1");
+  CHECK_ERROR(ThreadPool({{-1, 0}}), "cpus has -1");
+  CHECK_ERROR(ThreadPool({{0, -2}}), "nodes has -2");
   ThreadPool pool(some_cpus(1));
   pool.wait();  // nothing to wait for
   std::atomic<bool> go{false};
@@ -160,14 +161,14 @@ TEST(floating_point_environment) {
 }
 
 TEST(placement) {
-  const std::vector<int> cpus = some_cpus(2);
+  const std::vector<WorkerPlace> cpus = some_cpus(2);
   ThreadPool pool(cpus);
   CHECK(pool.placement_report().starts_with("pinned 2 threads to CPUs "), pool.placement_report());
   std::vector<int> cpu_counts(2), signals_blocked(2), faults_blocked(2);
   Calling job([&](int, int worker) {
     cpu_set_t own;
     sched_getaffinity(0, sizeof(own), &own);
-    cpu_counts[worker] = CPU_ISSET(cpus[worker], &own) ? CPU_COUNT(&own) : -1;
+    cpu_counts[worker] = CPU_ISSET(cpus[worker].cpu, &own) ? CPU_COUNT(&own) : -1;
     sigset_t blocked;
     pthread_sigmask(SIG_BLOCK, nullptr, &blocked);
     signals_blocked[worker] = sigismember(&blocked, SIGINT) && sigismember(&blocked, SIGTERM);
@@ -180,8 +181,25 @@ TEST(placement) {
     CHECK(signals_blocked[worker], "worker " << worker << " takes signals");
     CHECK(!faults_blocked[worker], "worker " << worker << " would die of a fault without a word");
   }
-  const ThreadPool lost({cpus[0], 4000});
+  const ThreadPool lost({cpus[0], {4000, -1}});
   CHECK(lost.placement_report().find("1 not pinned to CPUs 4000 (") != std::string::npos, lost.placement_report());
+}
+
+TEST(groups_are_numbered_as_they_appear) {
+  const int cpu = some_cpus(1)[0].cpu;
+  const ThreadPool pool({{cpu, 3}, {cpu, 3}, {cpu, -1}, {cpu, 0}, {cpu, 3}, {cpu, 0}});
+  CHECK(pool.num_nodes() == 3, pool.num_nodes() << " groups");
+  const int group_of[] = {0, 0, 1, 2, 0, 2}, numa_node[] = {3, -1, 0}, workers[] = {3, 1, 2};
+  for (int worker = 0; worker < 6; ++worker)
+    CHECK(pool.node_of(worker) == group_of[worker], "worker " << worker << " in group " << pool.node_of(worker));
+  for (int group = 0; group < 3; ++group) {
+    CHECK(pool.numa_node(group) == numa_node[group], "group " << group << " is node " << pool.numa_node(group));
+    CHECK(pool.workers_on(group) == workers[group], "group " << group << " has " << pool.workers_on(group));
+  }
+  CHECK(pool.placement_report().find("; threads of NUMA node 3: 3, -1: 1, 0: 2") != std::string::npos,
+        pool.placement_report());
+  const ThreadPool one(some_cpus(3));
+  CHECK(one.num_nodes() == 1 && one.numa_node(0) == -1 && one.workers_on(0) == 3, "not one group");
 }
 
 }  // namespace

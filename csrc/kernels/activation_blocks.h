@@ -6,21 +6,19 @@
 
 namespace kt {
 
-// ActivationFormat::INT8_32
-struct ActivationBlock32 {
-  float scale;
+// ActivationFormat::INT8_32, a cache line each. Weights are scale * code - min, so with the sums at hand
+//   sum of w * x = scale * (x.scale * sum of code * x.q) - min * x.sum
+// takes one multiplication of vectors more for the mins, and nothing inside the integer products.
+struct alignas(64) ActivationBlock32 {
   int8_t q[32];
-};
-
-// ActivationFormat::INT8_256. Five cache lines, so that in an aligned row no load of q crosses one.
-struct ActivationBlock256 {
-  int8_t q[256];
-  int16_t sums[16];  // of every 16 q: first those of groups 0, 2, .. 14, then 1, 3, .. 15, the order of 128-bit lanes
   float scale;
-  uint8_t padding[28];
+  float sum;            // scale * sum of q
+  float half_sums[2];   // the same of q[0..15] and of q[16..31], for types with a scale every 16 weights
+  int32_t neg128_sum;   // -128 * sum of q: what an unsigned product of (int8 code + 128) has too much
+  uint8_t padding[12];  // zero: rows are copied and compared as bytes
 };
 
-static_assert(sizeof(ActivationBlock32) == 36 && sizeof(ActivationBlock256) == 320);
+static_assert(sizeof(ActivationBlock32) == 64);
 
 // 127 times the smallest normal float: below it 127 / max could overflow. Far under anything a model computes.
 inline constexpr float kSmallestMax = 127 * 0x1p-126f;

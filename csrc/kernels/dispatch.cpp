@@ -5,6 +5,15 @@
 
 namespace kt {
 
+namespace avx512_vnni {
+extern const KernelTable kTable;
+}
+namespace avx512 {
+extern const KernelTable kTable;
+}
+namespace avx2_vnni {
+extern const KernelTable kTable;
+}
 namespace avx2 {
 extern const KernelTable kTable;
 }
@@ -13,7 +22,8 @@ extern const KernelTable kTable;
 }
 
 const std::vector<const KernelTable*>& kernel_tables() {
-  static const std::vector<const KernelTable*> tables = {&avx2::kTable, &reference::kTable};
+  static const std::vector<const KernelTable*> tables = {&avx512_vnni::kTable, &avx512::kTable, &avx2_vnni::kTable,
+                                                         &avx2::kTable, &reference::kTable};
   return tables;
 }
 

@@ -19,11 +19,10 @@ inline size_t float_bytes(FloatType type) { return type == FloatType::F32 ? 4 : 
 // How a row of float32 activations is stored for a GEMM. Types with the same format share one quantised row,
 // so a token is quantised once however many experts and matrices read it.
 enum class ActivationFormat : int32_t {
-  F32,      // as they are
-  INT8_32,  // blocks of 32: one scale
-  INT8_256  // blocks of 256: one scale, and the sum of every 16 quants (for types whose weights have an offset)
+  F32,     // as they are
+  INT8_32  // blocks of 32 with one scale: kernels/activation_blocks.h
 };
-inline constexpr int kNumActivationFormats = 3;
+inline constexpr int kNumActivationFormats = 2;
 
 // The vector kernels: any number of tokens, best for few.
 struct GemmParams {

@@ -10,6 +10,7 @@
 #include "kernels/activation_blocks.h"
 #include "kernels/cpu_features.h"
 #include "kernels/dispatch.h"
+#include "kernels/panel.h"
 #include "test_harness.h"
 
 namespace kt::test {
@@ -107,14 +108,8 @@ struct Activations {
   std::vector<float> scales;   // [num_rows, k]: the step of each; 0 for float32 rows
 };
 
-inline float scale_at(ActivationFormat format, const uint8_t* blocks, int i) {
-  return format == ActivationFormat::INT8_32 ? reinterpret_cast<const ActivationBlock32*>(blocks)[i / 32].scale
-                                             : reinterpret_cast<const ActivationBlock256*>(blocks)[i / 256].scale;
-}
-
-inline int quant_at(ActivationFormat format, const uint8_t* blocks, int i) {
-  return format == ActivationFormat::INT8_32 ? reinterpret_cast<const ActivationBlock32*>(blocks)[i / 32].q[i % 32]
-                                             : reinterpret_cast<const ActivationBlock256*>(blocks)[i / 256].q[i % 256];
+inline const ActivationBlock32& block_at(const uint8_t* blocks, int i) {
+  return reinterpret_cast<const ActivationBlock32*>(blocks)[i / 32];
 }
 
 // blocks: k activations. decoded, scales: [k].
@@ -124,8 +119,8 @@ inline void decode_activations(ActivationFormat format, const uint8_t* blocks, i
       std::memcpy(decoded + i, blocks + 4 * static_cast<size_t>(i), 4);
       scales[i] = 0;
     } else {
-      scales[i] = scale_at(format, blocks, i);
-      decoded[i] = scales[i] * static_cast<float>(quant_at(format, blocks, i));
+      scales[i] = block_at(blocks, i).scale;
+      decoded[i] = scales[i] * static_cast<float>(block_at(blocks, i).q[i % 32]);
     }
   }
 }
@@ -163,13 +158,40 @@ inline std::vector<int32_t> random_rows(int num_tokens, int num_activation_rows)
 
 inline constexpr float kUntouched = -12345.0f;  // fills what a kernel must not write
 
-// [num_tokens, stride]
+// Weights as the kernels of a table want them.
+struct StoredWeights {
+  std::vector<uint8_t> storage;
+  const uint8_t* panels;  // 64-byte aligned when packed
+  size_t panel_bytes;
+};
+
+inline StoredWeights store_weights(const TypeKernels& kernels, const Weights& w) {
+  StoredWeights stored;
+  if (kernels.panel_rows == 1) {
+    stored.storage.assign(w.data(), w.data() + w.row_bytes * static_cast<size_t>(w.num_rows));
+    stored.panels = stored.storage.data();
+    stored.panel_bytes = w.row_bytes;
+    return stored;
+  }
+  const int num_panels = (w.num_rows + kPanelRows - 1) / kPanelRows;
+  stored.panel_bytes = kPanelRows * ggml_row_bytes(w.type, w.k);
+  stored.storage.assign(stored.panel_bytes * num_panels + 63, 0xee);
+  auto* panels = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(stored.storage.data()) + 63) / 64 * 64);
+  for (int i = 0; i < num_panels; ++i)
+    pack_panel(w.type, w.data() + w.row_bytes * i * kPanelRows, w.row_bytes,
+               std::min(kPanelRows, w.num_rows - i * kPanelRows), w.k, panels + stored.panel_bytes * i);
+  stored.panels = panels;
+  return stored;
+}
+
+// [num_tokens, stride]. row_begin: a multiple of panel_rows.
 inline std::vector<float> run_gemm(const TypeKernels& kernels, const Weights& w, const Activations& a,
                                    const int32_t* token_rows, int num_tokens, int stride, int row_begin, int row_end) {
+  const StoredWeights stored = store_weights(kernels, w);
   std::vector<float> output(static_cast<size_t>(num_tokens) * stride, kUntouched);
   GemmParams params;
-  params.weights = w.data() + w.row_bytes * static_cast<size_t>(row_begin);
-  params.panel_bytes = w.row_bytes;
+  params.weights = stored.panels + stored.panel_bytes * static_cast<size_t>(row_begin / kernels.panel_rows);
+  params.panel_bytes = stored.panel_bytes;
   params.activations = a.rows;
   params.activation_row_bytes = a.row_bytes;
   params.token_rows = token_rows;
@@ -180,6 +202,11 @@ inline std::vector<float> run_gemm(const TypeKernels& kernels, const Weights& w,
   params.k = w.k;
   kernels.gemm(params);
   return output;
+}
+
+// "avx512 VNNI"
+inline std::string table_name(const KernelTable& table) {
+  return *table.variant == 0 ? table.isa : std::string(table.isa) + " " + table.variant;
 }
 
 }  // namespace kt::test

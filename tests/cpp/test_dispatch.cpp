@@ -9,7 +9,8 @@
 namespace kt {
 namespace {
 
-constexpr uint32_t kAll = kAvx2 | kFma | kF16c;
+constexpr uint32_t kAvx2Bits = kAvx2 | kFma | kF16c;
+constexpr uint32_t kEverything = ~0u;
 
 bool contains(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
 
@@ -21,7 +22,7 @@ TEST(tables_are_complete_and_end_with_the_reference) {
   const GgmlTypeInfo* types = ggml_types(&count);
   std::set<std::string> names;
   for (const KernelTable* table : tables) {
-    CHECK(names.insert(table->isa).second, "two tables named " << table->isa);
+    CHECK(names.insert(std::string(table->isa) + table->variant).second, "two tables named " << table->isa);
     CHECK(table->silu_mul && table->add_scaled && table->load_floats && table->store_floats, table->isa);
     for (int i = 0; i < count; ++i) {
       const TypeKernels* kernels = find_type_kernels(*table, types[i].type);
@@ -42,8 +43,18 @@ TEST(tables_are_complete_and_end_with_the_reference) {
 }
 
 TEST(auto_takes_the_best_that_runs) {
-  KernelChoice choice = choose_kernel_table("auto", kAll);
-  CHECK(std::string(choice.table->isa) == "avx2", choice.reason);
+  KernelChoice choice = choose_kernel_table("auto", kAvx2Bits);
+  CHECK(std::string(choice.table->isa) == "avx2" && !*choice.table->variant, choice.reason);
+  CHECK(contains(choice.reason, "avx2 with AVX-VNNI lacks avx_vnni"), choice.reason);
+
+  choice = choose_kernel_table("auto", kAvx2Bits | kAvxVnni);
+  CHECK(std::string(choice.table->variant) == "AVX-VNNI", choice.reason);
+  choice = choose_kernel_table("auto", kAvx2Bits | kAvx512);
+  CHECK(std::string(choice.table->isa) == "avx512" && !*choice.table->variant, choice.reason);
+  choice = choose_kernel_table("auto", kAvx2Bits | kAvx512 | kAvx512Vnni);
+  CHECK(std::string(choice.table->isa) == "avx512" && *choice.table->variant, choice.reason);
+  choice = choose_kernel_table("auto", kEverything);
+  CHECK(choice.table == kernel_tables().front(), choice.reason);
   CHECK(!contains(choice.reason, "lacks"), choice.reason);
 
   choice = choose_kernel_table("auto", kAvx2 | kF16c);
@@ -58,14 +69,15 @@ TEST(auto_takes_the_best_that_runs) {
 
 TEST(a_name_is_obeyed_or_refused) {
   for (const KernelTable* table : kernel_tables()) {
-    const KernelChoice choice = choose_kernel_table(table->isa, kAll);
+    const KernelChoice choice = choose_kernel_table(table->isa, table->required_features);
     CHECK(choice.table == table, choice.reason);
     CHECK(contains(choice.reason, "requested"), choice.reason);
   }
   CHECK(choose_kernel_table("reference", 0).table == kernel_tables().back(), "reference");
   CHECK_ERROR(choose_kernel_table("avx2", kAvx2 | kFma), "avx2", "lacks f16c", "auto");
-  CHECK_ERROR(choose_kernel_table("sse9", kAll), "sse9", "auto", "avx2", "reference");
-  CHECK_ERROR(choose_kernel_table("", kAll), "expected one of");
+  CHECK_ERROR(choose_kernel_table("avx512", kAvx2Bits), "avx512", "lacks avx512", "auto");
+  CHECK_ERROR(choose_kernel_table("sse9", kEverything), "sse9", "auto", "avx2", "reference");
+  CHECK_ERROR(choose_kernel_table("", kEverything), "expected one of");
 }
 
 TEST(this_cpu_can_be_asked) {

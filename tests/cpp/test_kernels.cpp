@@ -13,7 +13,7 @@ void for_each_kernel(F f) {
 }
 
 std::string label(const KernelTable& table, const TypeKernels& kernels) {
-  return std::string(table.isa) + " " + ggml_type_info(kernels.type).name;
+  return table_name(table) + " " + ggml_type_info(kernels.type).name;
 }
 
 // One GEMM against double precision; checks the padding of the output too.
@@ -104,7 +104,7 @@ TEST(results_do_not_depend_on_the_batch) {
       alone.push_back(run_gemm(kernels, w, a, &row, 1, num_rows, 0, num_rows));
     for (int num_tokens = 1; num_tokens <= 13; ++num_tokens) {
       const auto rows = random_rows(num_tokens, num_activation_rows);
-      const int cut = random_int(0, num_rows - 1);
+      const int cut = kernels.panel_rows * random_int(0, (num_rows - 1) / kernels.panel_rows);
       const auto output = run_gemm(kernels, w, a, rows.data(), num_tokens, num_rows, cut, num_rows);
       for (int t = 0; t < num_tokens; ++t)
         CHECK(std::memcmp(&output[static_cast<size_t>(t) * num_rows], &alone[rows[t]][cut],
@@ -159,19 +159,19 @@ void check_quantised(const std::string& name, const TypeKernels& kernels, const 
   }
   CHECK_WORST(worst, name);
   for (int i = 0; i < k && kernels.activation_format != ActivationFormat::F32; ++i) {
-    const int q = quant_at(kernels.activation_format, a.rows, i);
+    const int q = block_at(a.rows, i).q[i % 32];
     CHECK(std::abs(q) <= 127, name << " quant " << i << " is " << q);
     CHECK(a.scales[i] != 0 || q == 0, name << " quant " << i << " is " << q << " though the scale is 0");
   }
-  if (kernels.activation_format != ActivationFormat::INT8_256) return;
-  for (int b = 0; b < k / 256; ++b) {
-    const auto* block = reinterpret_cast<const ActivationBlock256*>(a.rows) + b;
-    for (int group = 0; group < 16; ++group) {
-      int sum = 0;
-      for (int i = 0; i < 16; ++i) sum += block->q[16 * group + i];
-      const int stored = block->sums[group / 2 + group % 2 * 8];
-      CHECK(stored == sum, name << " sum of group " << group << " is " << stored << ", want " << sum);
-    }
+  for (int b = 0; b < k / 32 && kernels.activation_format == ActivationFormat::INT8_32; ++b) {
+    const ActivationBlock32& block = block_at(a.rows, 32 * b);
+    int halves[2] = {0, 0};
+    for (int i = 0; i < 32; ++i) halves[i / 16] += block.q[i];
+    for (int half = 0; half < 2; ++half)
+      CHECK(block.half_sums[half] == block.scale * static_cast<float>(halves[half]),
+            name << " half sum in block " << b);
+    CHECK(block.sum == block.scale * static_cast<float>(halves[0] + halves[1]), name << " sum of block " << b);
+    CHECK(block.neg128_sum == -128 * (halves[0] + halves[1]), name << " offset of block " << b);
   }
 }
 

@@ -1,10 +1,15 @@
 // float32 activations to the formats of activation_blocks.h.
-#include "kernels/activation_blocks.h"
-#include "kernels/avx2/common.h"
-#include "kernels/avx2/kernels.h"
+#include <immintrin.h>
 
-namespace kt::avx2 {
+#include <cstring>
+
+#include "kernels/activation_blocks.h"
+#include "kernels/panel/kernels.h"
+
+namespace kt::KT_ISA_NAMESPACE {
 namespace {
+
+inline __m256i load_256(const void* bytes) { return _mm256_loadu_si256(static_cast<const __m256i*>(bytes)); }
 
 constexpr uint32_t kInfinityBits = 0x7f800000;
 
@@ -56,27 +61,21 @@ void quantize_int8_32(const float* x, uint8_t* blocks, int k) {
   auto* block = reinterpret_cast<ActivationBlock32*>(blocks);
   for (int start = 0; start < k; start += 32, ++block) {
     const Scale s = block_scale(x + start, 32);
+    const __m256i q = s.inverse == 0 ? _mm256_setzero_si256() : quantize_32(x + start, s.inverse);
+    store_256(block->q, q);
+    // 4 partial sums of the first 16 in the low lane, of the others in the high lane.
+    __m256i sums = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), q), _mm256_set1_epi16(1));
+    sums = _mm256_add_epi32(sums, _mm256_shuffle_epi32(sums, 0x4e));
+    sums = _mm256_add_epi32(sums, _mm256_shuffle_epi32(sums, 0xb1));
+    const int first = _mm_cvtsi128_si32(_mm256_castsi256_si128(sums));
+    const int second = _mm_cvtsi128_si32(_mm256_extracti128_si256(sums, 1));
     block->scale = s.scale;
-    store_256(block->q, s.inverse == 0 ? _mm256_setzero_si256() : quantize_32(x + start, s.inverse));
+    block->sum = s.scale * static_cast<float>(first + second);
+    block->half_sums[0] = s.scale * static_cast<float>(first);
+    block->half_sums[1] = s.scale * static_cast<float>(second);
+    block->neg128_sum = -128 * (first + second);
+    std::memset(block->padding, 0, sizeof block->padding);
   }
 }
 
-void quantize_int8_256(const float* x, uint8_t* blocks, int k) {
-  auto* block = reinterpret_cast<ActivationBlock256*>(blocks);
-  for (int start = 0; start < k; start += 256, ++block) {
-    const Scale s = block_scale(x + start, 256);
-    __m256i sums[8];  // [32 weights]: 4 partial sums of each of two groups of 16, a group a lane
-    for (int i = 0; i < 8; ++i) {
-      const __m256i q = s.inverse == 0 ? _mm256_setzero_si256() : quantize_32(x + start + 32 * i, s.inverse);
-      store_256(block->q + 32 * i, q);
-      sums[i] = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), q), _mm256_set1_epi16(1));
-    }
-    const __m256i first = _mm256_hadd_epi32(_mm256_hadd_epi32(sums[0], sums[1]), _mm256_hadd_epi32(sums[2], sums[3]));
-    const __m256i second = _mm256_hadd_epi32(_mm256_hadd_epi32(sums[4], sums[5]), _mm256_hadd_epi32(sums[6], sums[7]));
-    store_256(block->sums, _mm256_packs_epi32(first, second));
-    block->scale = s.scale;
-    std::memset(block->padding, 0, sizeof block->padding);  // rows are copied and compared as bytes
-  }
-}
-
-}  // namespace kt::avx2
+}  // namespace kt::KT_ISA_NAMESPACE

@@ -1,9 +1,14 @@
 // SiLU, the weighted sum, and conversions at the border of the model.
-#include "kernels/avx2/common.h"
-#include "kernels/avx2/kernels.h"
+#include <immintrin.h>
 
-namespace kt::avx2 {
+#include <cstring>
+
+#include "kernels/panel/kernels.h"
+
+namespace kt::KT_ISA_NAMESPACE {
 namespace {
+
+inline __m128i load_128(const void* bytes) { return _mm_loadu_si128(static_cast<const __m128i*>(bytes)); }
 
 // exp(x) to about 1e-7 relative, subnormal and infinite results included; NaN stays NaN.
 inline __m256 exp_8(__m256 x) {
@@ -140,4 +145,4 @@ void store_floats(const float* src, FloatType type, void* dst, int n) {
   }
 }
 
-}  // namespace kt::avx2
+}  // namespace kt::KT_ISA_NAMESPACE

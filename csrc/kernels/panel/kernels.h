@@ -1,0 +1,31 @@
+// The functions of the tables made from this folder: it is compiled once for each variant in CMakeLists.txt, into
+// namespace kt::<variant>.
+#pragma once
+
+#include "kernels/kernel_table.h"
+
+// Every quantised type with a kernel, as named in GgmlType.
+#define KT_INT_TYPES(X) \
+  X(Q8_0)               \
+  X(Q4_K)               \
+  X(Q5_K)               \
+  X(Q6_K)
+#define KT_FLOAT_TYPES(X) \
+  X(F32)                  \
+  X(F16)                  \
+  X(BF16)
+
+#define KT_DECLARE_GEMM(type) void gemm_##type(const GemmParams& params);
+#define KT_DECLARE_PANEL_KERNELS(variant)                                \
+  namespace kt::variant {                                                \
+  KT_INT_TYPES(KT_DECLARE_GEMM)                                          \
+  KT_FLOAT_TYPES(KT_DECLARE_GEMM)                                        \
+  void copy_activations(const float* x, uint8_t* blocks, int k);         \
+  void quantize_int8_32(const float* x, uint8_t* blocks, int k);         \
+  void silu_mul(const float* gate, const float* up, float* out, int n);  \
+  void add_scaled(float a, const float* x, float* y, int n);             \
+  void load_floats(const void* src, FloatType type, float* dst, int n);  \
+  void store_floats(const float* src, FloatType type, void* dst, int n); \
+  }
+
+KT_DECLARE_PANEL_KERNELS(KT_ISA_NAMESPACE)

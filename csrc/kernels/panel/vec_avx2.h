@@ -1,0 +1,88 @@
+// 8 rows of a panel, a row a lane. The same names as in vec_avx512.h.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace kt::KT_ISA_NAMESPACE {
+namespace {
+
+using Ints = __m256i;
+using Floats = __m256;
+constexpr int kLanes = 8;
+#ifdef __AVXVNNI__
+constexpr bool kHasDot = true;
+#else
+constexpr bool kHasDot = false;
+#endif
+
+inline Ints load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+inline void store(void* p, Ints v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
+inline Ints splat(uint32_t v) { return _mm256_set1_epi32(static_cast<int>(v)); }
+inline Ints splat_at(const void* p) {
+  int32_t v;
+  std::memcpy(&v, p, sizeof v);
+  return _mm256_set1_epi32(v);
+}
+inline Ints zero_ints() { return _mm256_setzero_si256(); }
+inline Ints bit_and(Ints a, Ints b) { return _mm256_and_si256(a, b); }
+inline Ints bit_or(Ints a, Ints b) { return _mm256_or_si256(a, b); }
+inline Ints bit_xor(Ints a, Ints b) { return _mm256_xor_si256(a, b); }
+template <int n>
+inline Ints shift_right(Ints v) {
+  return _mm256_srli_epi32(v, n);
+}
+template <int n>
+inline Ints shift_right_signed(Ints v) {
+  return _mm256_srai_epi32(v, n);
+}
+template <int n>
+inline Ints shift_left(Ints v) {
+  return _mm256_slli_epi32(v, n);
+}
+inline Ints add_bytes(Ints a, Ints b) { return _mm256_add_epi8(a, b); }
+inline Ints sub_bytes(Ints a, Ints b) { return _mm256_sub_epi8(a, b); }
+inline Ints add_ints(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
+inline Ints multiply_ints(Ints a, Ints b) { return _mm256_mullo_epi32(a, b); }
+inline Ints look_up(const void* table, Ints indices) {
+  const __m128i t = _mm_loadu_si128(static_cast<const __m128i*>(table));
+  return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(t), indices);
+}
+inline Ints zero_extend_bytes(const uint8_t* p) {
+  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
+inline Ints zero_extend_halves(const uint8_t* p) {
+  return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline Ints gather_32(const void* base, Ints index) {
+  return _mm256_i32gather_epi32(static_cast<const int*>(base), index, 4);
+}
+
+inline Floats load_floats(const float* p) { return _mm256_loadu_ps(p); }
+inline void store_floats(float* p, Floats v) { _mm256_storeu_ps(p, v); }
+inline Floats zero_floats() { return _mm256_setzero_ps(); }
+inline Floats splat_float(float v) { return _mm256_set1_ps(v); }
+inline Floats to_floats(Ints v) { return _mm256_cvtepi32_ps(v); }
+inline Floats as_floats(Ints v) { return _mm256_castsi256_ps(v); }
+inline Ints as_ints(Floats v) { return _mm256_castps_si256(v); }
+inline Floats load_f16(const uint8_t* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
+inline Floats multiply(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
+inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+inline Floats negative_multiply_add(Floats a, Floats b, Floats c) { return _mm256_fnmadd_ps(a, b, c); }
+
+#ifdef __AVXVNNI__
+inline Ints dot(Ints sums, Ints codes, Ints x) { return _mm256_dpbusd_avx_epi32(sums, codes, x); }
+#endif
+inline Ints dot_pairs(Ints codes, Ints x) { return _mm256_maddubs_epi16(codes, x); }
+inline Ints add_halves(Ints a, Ints b) { return _mm256_add_epi16(a, b); }
+inline Ints sum_pairs(Ints halves) { return _mm256_madd_epi16(halves, _mm256_set1_epi16(1)); }
+inline Ints magnitudes(Ints v) { return _mm256_abs_epi8(v); }
+inline Ints with_sign_of(Ints x, Ints v) { return _mm256_sign_epi8(x, v); }
+
+}  // namespace
+}  // namespace kt::KT_ISA_NAMESPACE

@@ -1,0 +1,92 @@
+// 16 rows of a panel, a row a lane.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace kt::KT_ISA_NAMESPACE {
+namespace {
+
+using Ints = __m512i;
+using Floats = __m512;
+constexpr int kLanes = 16;
+#ifdef __AVX512VNNI__
+constexpr bool kHasDot = true;
+#else
+constexpr bool kHasDot = false;
+#endif
+
+inline Ints load(const void* p) { return _mm512_loadu_si512(p); }
+inline void store(void* p, Ints v) { _mm512_storeu_si512(p, v); }
+inline Ints splat(uint32_t v) { return _mm512_set1_epi32(static_cast<int>(v)); }
+inline Ints splat_at(const void* p) {
+  int32_t v;
+  std::memcpy(&v, p, sizeof v);
+  return _mm512_set1_epi32(v);
+}
+inline Ints zero_ints() { return _mm512_setzero_si512(); }
+inline Ints bit_and(Ints a, Ints b) { return _mm512_and_si512(a, b); }
+inline Ints bit_or(Ints a, Ints b) { return _mm512_or_si512(a, b); }
+inline Ints bit_xor(Ints a, Ints b) { return _mm512_xor_si512(a, b); }
+template <int n>
+inline Ints shift_right(Ints v) {
+  return _mm512_srli_epi32(v, n);
+}
+template <int n>
+inline Ints shift_right_signed(Ints v) {
+  return _mm512_srai_epi32(v, n);
+}
+template <int n>
+inline Ints shift_left(Ints v) {
+  return _mm512_slli_epi32(v, n);
+}
+inline Ints add_bytes(Ints a, Ints b) { return _mm512_add_epi8(a, b); }
+inline Ints sub_bytes(Ints a, Ints b) { return _mm512_sub_epi8(a, b); }
+inline Ints add_ints(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
+inline Ints multiply_ints(Ints a, Ints b) { return _mm512_mullo_epi32(a, b); }
+// table: [16] bytes; each byte of indices is 0..15
+inline Ints look_up(const void* table, Ints indices) {
+  const __m128i t = _mm_loadu_si128(static_cast<const __m128i*>(table));
+  return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(t), indices);
+}
+inline Ints zero_extend_bytes(const uint8_t* p) {  // [kLanes] bytes
+  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline Ints zero_extend_halves(const uint8_t* p) {  // [kLanes] 16-bit
+  return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+// base[index * 4 bytes], index in each lane
+inline Ints gather_32(const void* base, Ints index) { return _mm512_i32gather_epi32(index, base, 4); }
+
+inline Floats load_floats(const float* p) { return _mm512_loadu_ps(p); }
+inline void store_floats(float* p, Floats v) { _mm512_storeu_ps(p, v); }
+inline Floats zero_floats() { return _mm512_setzero_ps(); }
+inline Floats splat_float(float v) { return _mm512_set1_ps(v); }
+inline Floats to_floats(Ints v) { return _mm512_cvtepi32_ps(v); }
+inline Floats as_floats(Ints v) { return _mm512_castsi512_ps(v); }
+inline Ints as_ints(Floats v) { return _mm512_castps_si512(v); }
+inline Floats load_f16(const uint8_t* p) {  // [kLanes] float16
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+inline Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }            // a b + c
+inline Floats negative_multiply_add(Floats a, Floats b, Floats c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a b
+
+#ifdef __AVX512VNNI__
+// sums + for each lane the products of 4 unsigned codes and 4 signed activations
+inline Ints dot(Ints sums, Ints codes, Ints x) { return _mm512_dpbusd_epi32(sums, codes, x); }
+#endif
+inline Ints dot_pairs(Ints codes, Ints x) { return _mm512_maddubs_epi16(codes, x); }  // saturates past int16
+inline Ints add_halves(Ints a, Ints b) { return _mm512_add_epi16(a, b); }
+inline Ints sum_pairs(Ints halves) { return _mm512_madd_epi16(halves, _mm512_set1_epi16(1)); }
+inline Ints magnitudes(Ints v) { return _mm512_abs_epi8(v); }
+// x with the sign of v, byte by byte (v is not 0 where it matters: a magnitude of 0 takes the product away)
+inline Ints with_sign_of(Ints x, Ints v) {
+  return _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(v), _mm512_setzero_si512(), x);
+}
+
+}  // namespace
+}  // namespace kt::KT_ISA_NAMESPACE

@@ -17,7 +17,8 @@ class ExpertTensor:
 class Executor:
     """csrc/executor/moe_executor.h. Methods that block release the GIL."""
 
-    def __init__(self, *, isa: str, cpus: list[int], max_num_tokens: int) -> None: ...
+    def __init__(self, *, isa: str, cpus: list[int], max_num_tokens: int, nodes: list[int] | None = None) -> None:
+        """One worker an entry of cpus; nodes: the memory node of each, -1 (as without nodes) where it is unknown."""
     @property
     def isa(self) -> str: ...
     @property

@@ -12,27 +12,63 @@ from numpy.typing import NDArray
 
 from kt_vllm import _native, reference
 
-# The float16 scales of a block: the half they stand at (ggml-common.h), and their size for weights of about unit size
-# with a mean of about 0 (quants of Q4_K have a mean of 7.5, of Q5_K 15.5; mins take it away). Other bytes may be any.
+# The float16 scales of a block: the half they stand at (csrc/gguf/block_layouts.h), and their size for weights of about
+# unit size: 1 / the standard deviation that the gguf package decodes random bytes to with a scale of 1. A second scale
+# takes the mean away: of quants of Q4_1 and Q4_K it is 7.5, of Q5_1 and Q5_K 15.5, of Q2_K 1.5. Other bytes may be any.
 _SCALES = {
+    "Q4_0": {0: 1 / 4.6},
+    "Q4_1": {0: 1 / 4.6, 1: -7.5 / 4.6},
+    "Q5_0": {0: 1 / 9.2},
+    "Q5_1": {0: 1 / 9.2, 1: -15.5 / 9.2},
     "Q8_0": {0: 1 / 74},
-    "Q4_K": {0: 1 / 200, 1: 7.5 / 200},
-    "Q5_K": {0: 1 / 400, 1: 15.5 / 400},
+    "Q2_K": {40: 1 / 13.9, 41: 1.5 / 13.9},
+    "Q3_K": {54: 1 / 43.3},
+    "Q4_K": {0: 1 / 258, 1: 7.5 / 258},
+    "Q5_K": {0: 1 / 528, 1: 15.5 / 528},
     "Q6_K": {104: 1 / 1370},
+    "IQ1_S": {0: 1 / 7.2},
+    "IQ2_XXS": {0: 1 / 53.3},
+    "IQ2_XS": {0: 1 / 55.9},
+    "IQ2_S": {0: 1 / 56.1},
+    "IQ3_XXS": {0: 1 / 142},
+    "IQ3_S": {0: 1 / 140},
+    "IQ4_NL": {0: 1 / 67},
+    "IQ4_XS": {0: 1 / 1250},
 }
+_IQ1_M_SCALE = 1 / 7.2  # float16, four bits each at the top of the last four halves
+_MXFP4_SCALE = 1 / 5.85  # a power of two: byte 0 is its exponent plus 128
+
+
+def write_first_scale(type: str, blocks: NDArray[np.uint8], bits: NDArray[np.uint16]) -> None:
+    """bits [n]: of float16, or of the E8M0 byte. blocks [n, block_bytes], changed."""
+    if type == "MXFP4":
+        blocks[:, 0] = bits
+    elif type == "IQ1_M":
+        parts = blocks.view(np.uint16)[:, -4:]
+        parts[:] = (parts & 0x0FFF) | (bits[:, None] >> np.arange(0, 16, 4, dtype=np.uint16) << 12)
+    else:
+        blocks.view(np.uint16)[:, next(iter(_SCALES.get(type, {0: 1})))] = bits
 
 
 def random_weights(type: str, num_weights: int, rng: np.random.Generator, size: float = 1) -> NDArray[np.uint8]:
-    """Random bytes that decode to weights with a standard deviation of about size."""
+    """Random bytes that decode to weights with a mean of about 0 and a standard deviation of about size."""
     if type in ("F32", "F16", "BF16"):
         values = (size * rng.standard_normal(num_weights)).astype(np.float32)
         return gguf.quants.quantize(values, gguf.GGMLQuantizationType[type]).view(np.uint8).ravel()
     block_size, block_bytes = _native.type_sizes()[type]
     blocks = rng.integers(0, 256, (num_weights // block_size, block_bytes), dtype=np.uint8)
+    spread = size * rng.uniform(0.5, 1.5, len(blocks))
+    if type == "MXFP4":
+        write_first_scale(type, blocks, np.rint(np.log2(_MXFP4_SCALE * spread) + 128).astype(np.uint16))
+        return blocks.ravel()
+    # The quants of some types have a small mean; scales of either sign take it away.
+    spread *= rng.choice((-1, 1), len(blocks))
+    if type == "IQ1_M":
+        write_first_scale(type, blocks, (_IQ1_M_SCALE * spread).astype(np.float16).view(np.uint16))
+        return blocks.ravel()
     halves = blocks.view(np.float16)
-    spread = rng.uniform(0.5, 1.5, len(blocks))
     for column, scale in _SCALES[type].items():
-        halves[:, column] = size * scale * spread
+        halves[:, column] = scale * spread
     return blocks.ravel()
 
 

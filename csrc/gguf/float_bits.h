@@ -1,4 +1,4 @@
-// Scalar conversions among float32, float16 and bfloat16, in plain integer arithmetic.
+// Scalar conversions among float32, float16, bfloat16 and E8M0, in plain integer arithmetic.
 // `static inline`: files compiled for an instruction set include this, and each must keep its own copy.
 #pragma once
 
@@ -19,8 +19,12 @@ static inline float bits_to_float(uint32_t bits) {
   return value;
 }
 
-// bytes: [2], any alignment, little endian as in a GGUF file.
+// bytes: [2] and [4], any alignment, little endian as in a GGUF file.
 static inline uint16_t load_u16(const uint8_t* bytes) { return static_cast<uint16_t>(bytes[0] | (bytes[1] << 8)); }
+
+static inline uint32_t load_u32(const uint8_t* bytes) {
+  return load_u16(bytes) | (static_cast<uint32_t>(load_u16(bytes + 2)) << 16);
+}
 
 static inline float f16_to_f32(uint16_t half) {
   const uint32_t sign = (half & 0x8000u) << 16;
@@ -52,6 +56,13 @@ static inline uint16_t f32_to_f16(float value) {
 }
 
 static inline float bf16_to_f32(uint16_t value) { return bits_to_float(static_cast<uint32_t>(value) << 16); }
+
+// 2^(exponent - 128), half of what the E8M0 byte means. 255, a NaN in the OCP standard, is a number here, as it is in
+// the `gguf` package.
+static inline float e8m0_half_to_f32(uint8_t exponent) {
+  if (exponent < 2) return bits_to_float(0x00200000u << exponent);  // 2^-128 and 2^-127 are subnormal
+  return bits_to_float(static_cast<uint32_t>(exponent - 1) << 23);
+}
 
 // Rounds to nearest even; NaN stays NaN.
 static inline uint16_t f32_to_bf16(float value) {

@@ -11,11 +11,27 @@ namespace {
 constexpr GgmlTypeInfo kTypes[] = {
     {GgmlType::F32, "F32", 1, 4},
     {GgmlType::F16, "F16", 1, 2},
-    {GgmlType::Q8_0, "Q8_0", kBlockQ8_0, sizeof(BlockQ8_0)},
+    {GgmlType::Q4_0, "Q4_0", kBlock32, sizeof(BlockQ4_0)},
+    {GgmlType::Q4_1, "Q4_1", kBlock32, sizeof(BlockQ4_1)},
+    {GgmlType::Q5_0, "Q5_0", kBlock32, sizeof(BlockQ5_0)},
+    {GgmlType::Q5_1, "Q5_1", kBlock32, sizeof(BlockQ5_1)},
+    {GgmlType::Q8_0, "Q8_0", kBlock32, sizeof(BlockQ8_0)},
+    {GgmlType::Q2_K, "Q2_K", kBlockK, sizeof(BlockQ2_K)},
+    {GgmlType::Q3_K, "Q3_K", kBlockK, sizeof(BlockQ3_K)},
     {GgmlType::Q4_K, "Q4_K", kBlockK, sizeof(BlockQ4_K)},
     {GgmlType::Q5_K, "Q5_K", kBlockK, sizeof(BlockQ5_K)},
     {GgmlType::Q6_K, "Q6_K", kBlockK, sizeof(BlockQ6_K)},
+    {GgmlType::IQ2_XXS, "IQ2_XXS", kBlockK, sizeof(BlockIQ2_XXS)},
+    {GgmlType::IQ2_XS, "IQ2_XS", kBlockK, sizeof(BlockIQ2_XS)},
+    {GgmlType::IQ3_XXS, "IQ3_XXS", kBlockK, sizeof(BlockIQ3_XXS)},
+    {GgmlType::IQ1_S, "IQ1_S", kBlockK, sizeof(BlockIQ1_S)},
+    {GgmlType::IQ4_NL, "IQ4_NL", kBlock32, sizeof(BlockIQ4_NL)},
+    {GgmlType::IQ3_S, "IQ3_S", kBlockK, sizeof(BlockIQ3_S)},
+    {GgmlType::IQ2_S, "IQ2_S", kBlockK, sizeof(BlockIQ2_S)},
+    {GgmlType::IQ4_XS, "IQ4_XS", kBlockK, sizeof(BlockIQ4_XS)},
+    {GgmlType::IQ1_M, "IQ1_M", kBlockK, sizeof(BlockIQ1_M)},
     {GgmlType::BF16, "BF16", 1, 2},
+    {GgmlType::MXFP4, "MXFP4", kBlock32, sizeof(BlockMXFP4)},
 };
 constexpr int kNumTypes = sizeof(kTypes) / sizeof(kTypes[0]);
 

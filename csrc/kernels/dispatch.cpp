@@ -5,6 +5,9 @@
 
 namespace kt {
 
+namespace amx {
+extern const KernelTable kTable;
+}
 namespace avx512_vnni {
 extern const KernelTable kTable;
 }
@@ -22,8 +25,8 @@ extern const KernelTable kTable;
 }
 
 const std::vector<const KernelTable*>& kernel_tables() {
-  static const std::vector<const KernelTable*> tables = {&avx512_vnni::kTable, &avx512::kTable, &avx2_vnni::kTable,
-                                                         &avx2::kTable, &reference::kTable};
+  static const std::vector<const KernelTable*> tables = {&amx::kTable,       &avx512_vnni::kTable, &avx512::kTable,
+                                                         &avx2_vnni::kTable, &avx2::kTable,        &reference::kTable};
   return tables;
 }
 

@@ -28,7 +28,8 @@ inline std::vector<const KernelTable*> runnable_tables() {
   return tables;
 }
 
-// Where a quantised type keeps its float16 factors and its quants, in bytes from the start of a block.
+// Where a quantised type keeps its float16 factors and its quants, in bytes from the start of a block. Quants are given
+// where a quant of 0 decodes to an offset that a kernel may treat apart.
 struct BlockShape {
   std::vector<int> factors;
   int quants_begin, quants_end;
@@ -36,16 +37,73 @@ struct BlockShape {
 
 inline BlockShape block_shape(GgmlType type) {
   switch (type) {
+    case GgmlType::Q4_0:
+      return {{0}, 2, 18};
+    case GgmlType::Q4_1:
+      return {{0, 2}, 4, 20};
+    case GgmlType::Q5_0:
+      return {{0}, 2, 22};
+    case GgmlType::Q5_1:
+      return {{0, 2}, 4, 24};
     case GgmlType::Q8_0:
       return {{0}, 2, 34};
+    case GgmlType::Q2_K:
+      return {{80, 82}, 16, 80};
+    case GgmlType::Q3_K:
+      return {{108}, 0, 96};
     case GgmlType::Q4_K:
       return {{0, 2}, 16, 144};
     case GgmlType::Q5_K:
       return {{0, 2}, 16, 176};
     case GgmlType::Q6_K:
       return {{208}, 0, 192};
+    case GgmlType::IQ1_S:
+    case GgmlType::IQ2_XXS:
+    case GgmlType::IQ2_XS:
+    case GgmlType::IQ2_S:
+    case GgmlType::IQ3_XXS:
+    case GgmlType::IQ3_S:
+    case GgmlType::IQ4_NL:
+    case GgmlType::IQ4_XS:
+      return {{0}, 0, 0};
     default:
       return {{}, 0, 0};
+  }
+}
+
+// Gives a block of random bytes factors of about 0.01. block: [block_bytes].
+inline void write_factors(GgmlType type, uint8_t* block) {
+  for (int at : block_shape(type).factors) {
+    const uint16_t factor = f32_to_f16(random_normal() * 0.01f);
+    std::memcpy(block + at, &factor, 2);
+  }
+  if (type == GgmlType::IQ1_M) {  // a nibble at the top of each of the 4 words of scales
+    const uint16_t factor = f32_to_f16(random_normal() * 0.01f);
+    uint8_t* scales = reinterpret_cast<BlockIQ1_M*>(block)->scales;
+    for (int i = 0; i < 4; ++i)
+      scales[2 * i + 1] = static_cast<uint8_t>((scales[2 * i + 1] & 15) | (factor >> (4 * i) & 15) << 4);
+  }
+  if (type == GgmlType::MXFP4) *block = static_cast<uint8_t>(random_int(118, 123));  // 2^-10 to 2^-5
+}
+
+// What quants of 0 decode to. block: [block_bytes]; offsets: [block_size].
+inline void decode_offsets(GgmlType type, const uint8_t* block, float* offsets) {
+  const GgmlTypeInfo& info = ggml_type_info(type);
+  const BlockShape shape = block_shape(type);
+  std::vector<uint8_t> changed(block, block + info.block_bytes);
+  if (type == GgmlType::IQ1_S || type == GgmlType::IQ1_M) {
+    // scale * (grid + delta), less the same with the other sign of delta, is twice the offset.
+    if (type == GgmlType::IQ1_S)
+      for (int i = 0; i < 8; ++i) reinterpret_cast<BlockIQ1_S*>(changed.data())->qh[2 * i + 1] ^= 0x80;
+    else
+      for (uint8_t& byte : reinterpret_cast<BlockIQ1_M*>(changed.data())->qh) byte ^= 0x88;
+    std::vector<float> mirrored(static_cast<size_t>(info.block_size));
+    dequantize(type, changed.data(), info.block_size, mirrored.data());
+    dequantize(type, block, info.block_size, offsets);
+    for (int i = 0; i < info.block_size; ++i) offsets[i] = 0.5f * (offsets[i] - mirrored[i]);
+  } else if (shape.quants_end > 0) {
+    std::fill(changed.begin() + shape.quants_begin, changed.begin() + shape.quants_end, uint8_t{0});
+    dequantize(type, changed.data(), info.block_size, offsets);
   }
 }
 
@@ -68,7 +126,6 @@ inline Weights random_weights(GgmlType type, int num_rows, int k) {
   w.offsets.assign(w.values.size(), 0.0f);
 
   const GgmlTypeInfo& info = ggml_type_info(type);
-  const BlockShape shape = block_shape(type);
   for (int row = 0; row < num_rows; ++row) {
     uint8_t* bytes = w.storage.data() + 1 + w.row_bytes * static_cast<size_t>(row);
     float* values = w.values.data() + static_cast<size_t>(row) * k;
@@ -82,15 +139,8 @@ inline Weights random_weights(GgmlType type, int num_rows, int k) {
         const uint16_t value = type == GgmlType::F16 ? f32_to_f16(random_normal()) : f32_to_bf16(random_normal());
         std::memcpy(block, &value, 2);
       }
-      for (int at : shape.factors) {
-        const uint16_t factor = f32_to_f16(random_normal() * 0.01f);
-        std::memcpy(block + at, &factor, 2);
-      }
-      if (shape.quants_end > 0) {
-        std::vector<uint8_t> zeroed(block, block + info.block_bytes);
-        std::fill(zeroed.begin() + shape.quants_begin, zeroed.begin() + shape.quants_end, uint8_t{0});
-        dequantize(type, zeroed.data(), info.block_size, offsets + static_cast<size_t>(b) * info.block_size);
-      }
+      write_factors(type, block);
+      decode_offsets(type, block, offsets + static_cast<size_t>(b) * info.block_size);
     }
     dequantize(type, bytes, k, values);
   }

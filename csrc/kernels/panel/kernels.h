@@ -6,10 +6,19 @@
 
 // Every quantised type with a kernel, as named in GgmlType.
 #define KT_INT_TYPES(X) \
+  X(Q4_0)               \
+  X(Q4_1)               \
+  X(Q5_0)               \
+  X(Q5_1)               \
   X(Q8_0)               \
+  X(Q2_K)               \
+  X(Q3_K)               \
   X(Q4_K)               \
   X(Q5_K)               \
-  X(Q6_K)
+  X(Q6_K)               \
+  X(IQ4_NL)             \
+  X(IQ4_XS)             \
+  X(MXFP4)
 #define KT_FLOAT_TYPES(X) \
   X(F32)                  \
   X(F16)                  \

@@ -96,8 +96,14 @@ template <GgmlType type>
 constexpr TypeKernels kernels_for = {type, ActivationFormat::F32, 1, sizeof(float), copy_activations, gemm<type>};
 
 constexpr TypeKernels kTypes[] = {
-    kernels_for<GgmlType::F32>,  kernels_for<GgmlType::F16>,  kernels_for<GgmlType::Q8_0>, kernels_for<GgmlType::Q4_K>,
-    kernels_for<GgmlType::Q5_K>, kernels_for<GgmlType::Q6_K>, kernels_for<GgmlType::BF16>,
+    kernels_for<GgmlType::F32>,     kernels_for<GgmlType::F16>,    kernels_for<GgmlType::Q4_0>,
+    kernels_for<GgmlType::Q4_1>,    kernels_for<GgmlType::Q5_0>,   kernels_for<GgmlType::Q5_1>,
+    kernels_for<GgmlType::Q8_0>,    kernels_for<GgmlType::Q2_K>,   kernels_for<GgmlType::Q3_K>,
+    kernels_for<GgmlType::Q4_K>,    kernels_for<GgmlType::Q5_K>,   kernels_for<GgmlType::Q6_K>,
+    kernels_for<GgmlType::IQ2_XXS>, kernels_for<GgmlType::IQ2_XS>, kernels_for<GgmlType::IQ3_XXS>,
+    kernels_for<GgmlType::IQ1_S>,   kernels_for<GgmlType::IQ4_NL>, kernels_for<GgmlType::IQ3_S>,
+    kernels_for<GgmlType::IQ2_S>,   kernels_for<GgmlType::IQ4_XS>, kernels_for<GgmlType::IQ1_M>,
+    kernels_for<GgmlType::BF16>,    kernels_for<GgmlType::MXFP4>,
 };
 
 }  // namespace

@@ -1,0 +1,16 @@
+// The functions of the amx table.
+#pragma once
+
+#include "kernels/panel/kernels.h"
+
+#define KT_DECLARE_TILE_GEMM(type) void tile_gemm_##type(const TileGemmParams& params);
+
+KT_DECLARE_PANEL_KERNELS(avx512_vnni)
+
+namespace kt::KT_ISA_NAMESPACE {
+
+KT_INT_TYPES(KT_DECLARE_TILE_GEMM)
+KT_FLOAT_TYPES(KT_DECLARE_TILE_GEMM)
+void store_tile_row(const float* x, uint8_t* tiles, int k);
+
+}  // namespace kt::KT_ISA_NAMESPACE

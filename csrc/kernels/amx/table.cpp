@@ -1,0 +1,60 @@
+#include <immintrin.h>
+
+#include "kernels/activation_blocks.h"
+#include "kernels/amx/kernels.h"
+#include "kernels/cpu_features.h"
+#include "kernels/panel.h"
+
+namespace kt::KT_ISA_NAMESPACE {
+
+void store_tile_row(const float* x, uint8_t* tiles, int k) {
+  for (int i = 0; i < k; i += kTileK, tiles += kTileBytes) {
+    const __m512bh pairs = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(x + i + 16), _mm512_loadu_ps(x + i));
+    _mm512_storeu_si512(tiles, reinterpret_cast<__m512i>(pairs));
+  }
+}
+
+namespace {
+
+// With fewer tokens the vector kernels are faster; measured, see benchmarks/RESULTS.md.
+constexpr int kMinTokensInt = 12, kMinTokensFloat = 4;
+
+#define KT_FLOAT_ENTRY(type)      \
+  {GgmlType::type,                \
+   ActivationFormat::F32,         \
+   1,                             \
+   sizeof(float),                 \
+   avx512_vnni::copy_activations, \
+   avx512_vnni::gemm_##type,      \
+   kPanelRows,                    \
+   tile_gemm_##type,              \
+   kMinTokensFloat},
+#define KT_INT_ENTRY(type)        \
+  {GgmlType::type,                \
+   ActivationFormat::INT8_32,     \
+   32,                            \
+   sizeof(ActivationBlock32),     \
+   avx512_vnni::quantize_int8_32, \
+   avx512_vnni::gemm_##type,      \
+   kPanelRows,                    \
+   tile_gemm_##type,              \
+   kMinTokensInt},
+
+constexpr TypeKernels kTypes[] = {KT_FLOAT_TYPES(KT_FLOAT_ENTRY) KT_INT_TYPES(KT_INT_ENTRY)};
+
+}  // namespace
+
+extern const KernelTable kTable;
+const KernelTable kTable = {
+    .isa = "amx",
+    .required_features = kAvx2 | kFma | kF16c | kAvx512 | kAvx512Vnni | kAvx512Bf16 | kAmxTile | kAmxBf16,
+    .types = kTypes,
+    .num_types = sizeof(kTypes) / sizeof(kTypes[0]),
+    .silu_mul = avx512_vnni::silu_mul,
+    .add_scaled = avx512_vnni::add_scaled,
+    .load_floats = avx512_vnni::load_floats,
+    .store_floats = avx512_vnni::store_floats,
+    .store_tile_row = store_tile_row,
+};
+
+}  // namespace kt::KT_ISA_NAMESPACE

@@ -133,12 +133,17 @@ PYBIND11_MODULE(_native, m) {
       .def_property_readonly("isa", [](const Executor& self) { return self.get().isa(); })
       .def_property_readonly("isa_reason", [](const Executor& self) { return self.get().isa_reason(); })
       .def_property_readonly("placement_report", [](const Executor& self) { return self.get().placement_report(); })
+      .def_property_readonly("memory_report", [](const Executor& self) { return self.get().memory_report(); })
       .def_property_readonly("num_invalid_ids", [](const Executor& self) { return self.get().num_invalid_ids(); })
       .def(
           "add_layer",
           [](const Executor& self, const kt::ExpertTensor& gate, const kt::ExpertTensor& up,
              const kt::ExpertTensor& down) { return self.get().add_layer({gate, up, down}); },
           "gate"_a, "up"_a, "down"_a, Unlocked())
+      .def(
+          "workspace_bytes",
+          [](const Executor& self, int top_k, int layer) { return self.get().workspace_bytes(top_k, layer); },
+          "top_k"_a, "layer"_a)
       .def(
           "start_loading", [](const Executor& self) { self.get().start_loading(); }, Unlocked())
       .def("load_progress",

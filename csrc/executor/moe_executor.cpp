@@ -5,6 +5,7 @@
 
 #include "check.h"
 #include "executor/expert_loader.h"
+#include "executor/memory_report.h"
 #include "executor/moe_call.h"
 #include "executor/moe_layer.h"
 #include "kernels/cpu_features.h"
@@ -21,6 +22,10 @@ KernelChoice choose(const ExecutorOptions& options) {
   return choose_kernel_table(options.isa, detect_cpu_features());
 }
 
+void check_top_k(int top_k) {
+  KT_CHECK(top_k >= 1 && top_k <= kMaxTopK, "top_k is ", top_k, ", expected 1 to ", kMaxTopK);
+}
+
 }  // namespace
 
 struct MoEExecutor::Impl {
@@ -30,6 +35,11 @@ struct MoEExecutor::Impl {
   ~Impl() {
     if (loader) loader->cancel();
     pool.reset();  // its threads end before what they work on
+  }
+
+  void check_index(int layer) const {
+    KT_CHECK(layer >= 0 && layer < static_cast<int>(layers.size()), "layer is ", layer, ", expected 0 to ",
+             static_cast<int>(layers.size()) - 1, " as add_layer() returned");
   }
 
   // True when no worker reads any more; what they read is then taken over.
@@ -64,6 +74,21 @@ const char* MoEExecutor::isa() const { return impl_->choice.table->isa; }
 const std::string& MoEExecutor::isa_reason() const { return impl_->choice.reason; }
 const std::string& MoEExecutor::placement_report() const { return impl_->pool->placement_report(); }
 uint64_t MoEExecutor::num_invalid_ids() const { return impl_->call.num_invalid_ids(); }
+
+std::string MoEExecutor::memory_report() const {
+  std::vector<ReportedMemory> parts;
+  for (const MoELayer& layer : impl_->layers)
+    for (const ExpertWeights* weights : {&layer.gate(), &layer.up(), &layer.down()})
+      for (size_t slice = 0; slice < weights->memory().size(); ++slice)
+        parts.push_back({&weights->memory()[slice], impl_->pool->numa_node(static_cast<int>(slice))});
+  return describe_memory(parts);
+}
+
+size_t MoEExecutor::workspace_bytes(int top_k, int layer) const {
+  impl_->check_index(layer);
+  check_top_k(top_k);
+  return impl_->call.workspace_bytes(impl_->layers[layer], top_k);
+}
 
 int MoEExecutor::add_layer(const MoELayerSpec& spec) {
   const int index = static_cast<int>(impl_->layers.size());
@@ -106,13 +131,12 @@ void MoEExecutor::cancel_loading() {
 void MoEExecutor::submit(int layer, const MoEForwardParams& params) {
   Impl& my = *impl_;
   KT_CHECK(!my.in_flight, "submit() is called twice without a wait() between");
-  KT_CHECK(layer >= 0 && layer < static_cast<int>(my.layers.size()), "layer is ", layer, ", expected 0 to ",
-           static_cast<int>(my.layers.size()) - 1, " as add_layer() returned");
+  my.check_index(layer);
   KT_CHECK(my.settle_loading() && my.layers[layer].loaded, "layer ", layer,
            " is not loaded; call start_loading() and wait until load_progress() is finished");
   KT_CHECK(params.num_tokens >= 0, "num_tokens is ", params.num_tokens, ", expected at least 0");
   if (params.num_tokens > 0) {
-    KT_CHECK(params.top_k >= 1 && params.top_k <= kMaxTopK, "top_k is ", params.top_k, ", expected 1 to ", kMaxTopK);
+    check_top_k(params.top_k);
     KT_CHECK(params.hidden_states && params.topk_ids && params.topk_weights && params.output,
              "an address is null, expected host memory for hidden_states, topk_ids, topk_weights and output");
     const int first_phase = my.call.prepare(&my.layers[layer], params);

@@ -47,6 +47,13 @@ class MoEExecutor {
   LoadProgress load_progress();
   void cancel_loading();
 
+  // One line: how much memory the weights take, how much of it in huge pages, on which nodes.
+  std::string memory_report() const;
+
+  // What calls of this layer take beside the weights, with up to top_k experts a token: scratch of all workers, which
+  // all layers share. The largest of the layers is what the executor takes.
+  size_t workspace_bytes(int top_k, int layer) const;
+
   // submit() returns once the work is handed to the workers; wait() returns when output is complete.
   // Exactly one wait() after each submit().
   void submit(int layer, const MoEForwardParams& params);

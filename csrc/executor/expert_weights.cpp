@@ -7,7 +7,6 @@ ExpertWeights::ExpertWeights(const ExpertTensor& spec, const KernelTable& table,
     : spec_(spec),
       kernels_(find_type_kernels(table, spec.type)),
       block_size_(ggml_type_info(spec.type).block_size),
-      block_bytes_(ggml_type_info(spec.type).block_bytes),
       row_bytes_(ggml_row_bytes(spec.type, spec.num_cols)),
       slices_(split_rows(spec.num_rows, granule, shares)) {}
 

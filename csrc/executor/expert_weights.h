@@ -37,8 +37,6 @@ class ExpertWeights {
     const size_t index = expert * panels_of(slice) + (row - slices_[slice].begin) / panel_rows();
     return memory_[slice].data() + index * panel_bytes();
   }
-  // Bytes from a panel's first weight to weight k of its first row; k is a whole number of blocks.
-  size_t panel_offset(int k) const { return panel_rows() * (k / block_size_ * block_bytes_); }
 
   // Memory for each slice, on the node of its group of workers, unless it is there; and what is to be read into it.
   // Throws kt::Error.
@@ -53,7 +51,6 @@ class ExpertWeights {
   ExpertTensor spec_;
   const TypeKernels* kernels_;
   int block_size_;
-  size_t block_bytes_;
   size_t row_bytes_;
   std::vector<RowRange> slices_;
   std::vector<NodeMemory> memory_;

@@ -21,6 +21,12 @@ constexpr size_t kMaxVectorItemBytes = size_t{256} << 10;
 // Activations that are worth a work item of their own: below this, taking the item costs as much as preparing them.
 constexpr int kMinPrepareRange = 1024;
 
+// Rows of an item are whole cache lines of float32, and whole panels.
+constexpr int kIntermediateGranule = 32;
+
+constexpr int kTileMultiple = 32;  // K of every tile kernel is one
+constexpr int kNever = std::numeric_limits<int>::max();
+
 // The same for merging, where top_k rows are read for each output.
 constexpr int kMinMergeRange = 256;
 
@@ -56,9 +62,9 @@ std::vector<int> shares_of(const ThreadPool& pool) {
   return shares;
 }
 
-// Whole blocks of down's activations, of whole cache lines, and whole tiles.
-int intermediate_granule(const MoELayerSpec& spec, const KernelTable& table) {
-  const int granule = std::lcm(kTileK, aligned_activations(*find_type_kernels(table, spec.down.type)));
+// Intermediate rows of an item of the vector path: whole blocks of down's activations, of whole cache lines.
+int vector_granule(const MoELayerSpec& spec, const KernelTable& table) {
+  const int granule = std::lcm(kIntermediateGranule, aligned_activations(*find_type_kernels(table, spec.down.type)));
   KT_CHECK(granule <= kMaxItemRows, "kernels ", table.isa, " want blocks of ", granule,
            " activations, expected at most ", kMaxItemRows, "; the executor must learn larger items first");
   return granule;
@@ -69,11 +75,17 @@ int tile_min_tokens(const MoELayerSpec& spec, const KernelTable& table) {
   int tokens = 1;
   for (const ExpertTensor* tensor : {&spec.gate, &spec.up, &spec.down}) {
     const TypeKernels& kernels = *find_type_kernels(table, tensor->type);
-    if (kernels.tile_gemm == nullptr || table.store_tile_row == nullptr || tensor->num_cols % kTileK != 0)
-      return std::numeric_limits<int>::max();
+    if (kernels.tile_gemm == nullptr || table.store_tile_row == nullptr || tensor->num_cols % kTileMultiple != 0)
+      return kNever;
     tokens = std::max(tokens, kernels.tile_min_tokens);
   }
   return tokens;
+}
+
+// Slices of intermediate rows are cut where items of both paths may begin.
+int slice_granule(const MoELayerSpec& spec, const KernelTable& table) {
+  const int granule = vector_granule(spec, table);
+  return tile_min_tokens(spec, table) == kNever ? granule : std::lcm(granule, kTileGranule);
 }
 
 }  // namespace
@@ -98,11 +110,25 @@ MoELayer::MoELayer(const MoELayerSpec& spec, const KernelTable& table, const Thr
     : table_(table),
       pool_(pool),
       shares_(shares_of(pool)),
-      gate_(checked(spec, table, index).gate, table, intermediate_granule(spec, table), shares_),
-      up_(spec.up, table, intermediate_granule(spec, table), shares_),
+      gate_(checked(spec, table, index).gate, table, slice_granule(spec, table), shares_),
+      up_(spec.up, table, slice_granule(spec, table), shares_),
       down_(spec.down, table, kHiddenGranule, shares_),
-      intermediate_granule_(intermediate_granule(spec, table)),
+      vector_granule_(vector_granule(spec, table)),
       tile_min_tokens_(kt::tile_min_tokens(spec, table)) {}
+
+bool MoELayer::has_tiles() const { return tile_min_tokens_ != kNever; }
+
+// Of 16 tokens, as the tile kernels of `reader` want them.
+size_t MoELayer::group_bytes(const ExpertWeights& reader) const {
+  return table_.tile_group_bytes(reader.kernels().tile_format, reader.k());
+}
+
+// Activations [begin, begin + n) of a token, which is `row` in the tiles.
+void MoELayer::store_tiles(const float* x, int begin, int n, const ExpertWeights& reader, int64_t row,
+                           uint8_t* tiles) const {
+  table_.store_tile_row(reader.kernels().tile_format, x, begin, n, reader.k(), static_cast<int>(row % kTileTokens),
+                        tiles + row / kTileTokens * group_bytes(reader));
+}
 
 void MoELayer::prepare_loading(ExpertLoader& loader) {
   for (ExpertWeights* weights : {&gate_, &up_, &down_}) weights->prepare_loading(pool_, loader);
@@ -114,11 +140,13 @@ WorkspaceSize MoELayer::workspace_size(int max_num_tokens, int top_k) const {
   size.input[0] = tokens * activation_row_bytes(gate_.kernels(), hidden_size());
   size.input[1] = shares_input() ? 0 : tokens * activation_row_bytes(up_.kernels(), hidden_size());
   size.intermediate = slots * activation_row_bytes(down_.kernels(), intermediate_size());
-  // Every expert on the tile path may leave part of a tile empty.
-  const size_t tile_experts = std::min<size_t>(num_experts(), slots / tile_min_tokens_);
-  const size_t tiles = tile_experts == 0 ? 0 : slots / kTileTokens + tile_experts;
-  size.input_tiles = tiles * tile_stride(hidden_size());
-  size.intermediate_tiles = tiles * tile_stride(intermediate_size());
+  if (has_tiles()) {
+    // Every expert on the tile path may leave part of a tile empty.
+    const size_t tiles = slots / kTileTokens + std::min<size_t>(num_experts(), slots / tile_min_tokens_);
+    size.input_tiles[0] = tiles * group_bytes(gate_);
+    size.input_tiles[1] = shares_tiles() ? 0 : tiles * group_bytes(up_);
+    size.intermediate_tiles = tiles * group_bytes(down_);
+  }
   for (int i = 0; i < 2; ++i)
     size.slot_rows[i] = DownPasses::buffer_bytes(down_.slices(), static_cast<int64_t>(slots), i == 1);
   size.worker = Scratch::bytes(hidden_size());
@@ -144,13 +172,13 @@ void MoELayer::begin(int phase, MoEPiece& piece) const {
   const int pass = phase - kDown;
   if (phase == kGateUp) {
     piece.rows = gate_.slices();  // of the same length: no allocation
-    const int rows = max_vector_rows(gate_.row_bytes() + up_.row_bytes(), intermediate_granule_);
-    piece.queue.fill(piece.groups, piece.rows, shares_, {intermediate_granule_, rows});
+    const int rows = max_vector_rows(gate_.row_bytes() + up_.row_bytes(), vector_granule_);
+    piece.queue.fill(piece.groups, piece.rows, shares_, {vector_granule_, rows, kTileGranule});
   } else if (phase >= kDown && pass < piece.passes.num_passes()) {
     for (int slice = 0; slice < piece.passes.num_slices(); ++slice)
       piece.rows[slice] = piece.passes.part(pass, slice).rows;
     piece.queue.fill(piece.groups, piece.rows, shares_,
-                     {kHiddenGranule, max_vector_rows(down_.row_bytes(), kHiddenGranule)});
+                     {kHiddenGranule, max_vector_rows(down_.row_bytes(), kHiddenGranule), kHiddenGranule});
   }
 }
 
@@ -170,8 +198,8 @@ void MoELayer::prepare(MoEPiece& piece, int worker) const {
   const int k = hidden_size();
   const int num_formats = shares_input() ? 1 : 2;
   const TypeKernels* formats[2] = {&gate_.kernels(), &up_.kernels()};
-  const int granule =
-      std::lcm(kTileK, std::lcm(aligned_activations(*formats[0]), aligned_activations(*formats[num_formats - 1])));
+  const int granule = std::lcm(
+      kTileGranule, std::lcm(aligned_activations(*formats[0]), aligned_activations(*formats[num_formats - 1])));
   const RowCut cut = cut_row(k, groups.num_routed_tokens(), pool_.num_workers(), granule, kMinPrepareRange);
   const int64_t num_items = int64_t{groups.num_routed_tokens()} * cut.ranges;
   float* x = Scratch(piece.workspace->worker(worker)).row;
@@ -185,10 +213,10 @@ void MoELayer::prepare(MoEPiece& piece, int worker) const {
     bool vectors = false;
     for (const int32_t slot : groups.slots_of(token)) {
       const int32_t row = groups.slot_tile_rows()[slot];
-      if (row >= 0)
-        table_.store_tile_row(x, piece.workspace->input_tiles() + tile_row_offset(row, k, begin), n);
-      else
-        vectors = true;
+      vectors |= row < 0;
+      if (row < 0) continue;
+      store_tiles(x, begin, n, gate_, row, piece.workspace->input_tiles(0));
+      if (!shares_tiles()) store_tiles(x, begin, n, up_, row, piece.workspace->input_tiles(1));
     }
     for (int i = 0; vectors && i < num_formats; ++i) {
       uint8_t* row = piece.workspace->input(i) + token * activation_row_bytes(*formats[i], k);
@@ -232,15 +260,15 @@ void MoELayer::gate_up_vectors(const MoEPiece& piece, const WorkItem& item, cons
 void MoELayer::gate_up_tiles(const MoEPiece& piece, const WorkItem& item, const Scratch& scratch) const {
   const TokenGroups::Group& group = piece.groups.group(item.group);
   const int64_t first_row = int64_t{group.first_tile} * kTileTokens + item.first_token;
-  const uint8_t* input = piece.workspace->input_tiles() + tile_row_offset(first_row, hidden_size(), 0);
-  multiply_tiles({{&gate_, scratch.gate}, {&up_, scratch.up}}, item, group.expert, input, item.num_rows);
+  const size_t gate_bytes = group_bytes(gate_), up_bytes = group_bytes(up_);
+  const uint8_t* gate_input = piece.workspace->input_tiles(0) + first_row / kTileTokens * gate_bytes;
+  const uint8_t* up_input = piece.workspace->input_tiles(shares_tiles() ? 0 : 1) + first_row / kTileTokens * up_bytes;
+  multiply_tiles({{&gate_, gate_input, gate_bytes, scratch.gate}, {&up_, up_input, up_bytes, scratch.up}}, item,
+                 group.expert, false, item.num_rows);
   for (int t = 0; t < item.num_tokens; ++t) {
     float* row = scratch.gate + t * item.num_rows;
     table_.silu_mul(row, scratch.up + t * item.num_rows, row, item.num_rows);
-    table_.store_tile_row(
-        row,
-        piece.workspace->intermediate_tiles() + tile_row_offset(first_row + t, intermediate_size(), item.first_row),
-        item.num_rows);
+    store_tiles(row, item.first_row, item.num_rows, down_, first_row + t, piece.workspace->intermediate_tiles());
   }
 }
 
@@ -273,8 +301,10 @@ void MoELayer::down_vectors(const MoEPiece& piece, const WorkItem& item, float* 
 void MoELayer::down_tiles(const MoEPiece& piece, const WorkItem& item, float* output) const {
   const TokenGroups::Group& group = piece.groups.group(item.group);
   const int64_t first_row = int64_t{group.first_tile} * kTileTokens + item.first_token;
-  const uint8_t* input = piece.workspace->intermediate_tiles() + tile_row_offset(first_row, intermediate_size(), 0);
-  multiply_tiles({{&down_, output}}, item, group.expert, input, piece.passes.stride());
+  const size_t bytes = group_bytes(down_);
+  const uint8_t* input = piece.workspace->intermediate_tiles() + first_row / kTileTokens * bytes;
+  // silu(gate) * up has long tails: a step that holds the largest of a block is coarse for all others.
+  multiply_tiles({{&down_, input, bytes, output}}, item, group.expert, true, piece.passes.stride());
 }
 
 // Item: some tokens, or part of one, in the hidden rows of a pass. An output is added up by one worker, experts

@@ -88,13 +88,17 @@ class MoELayer {
   void down_vectors(const MoEPiece& piece, const WorkItem& item, float* output) const;
   void down_tiles(const MoEPiece& piece, const WorkItem& item, float* output) const;
   void merge(MoEPiece& piece, int pass, int worker) const;
+  void store_tiles(const float* x, int begin, int n, const ExpertWeights& reader, int64_t row, uint8_t* tiles) const;
+  size_t group_bytes(const ExpertWeights& reader) const;
+  bool has_tiles() const;
   bool shares_input() const { return gate_.kernels().activation_format == up_.kernels().activation_format; }
+  bool shares_tiles() const { return gate_.kernels().tile_format == up_.kernels().tile_format; }
 
   const KernelTable& table_;
   const ThreadPool& pool_;
   std::vector<int> shares_;  // workers near each slice
   ExpertWeights gate_, up_, down_;
-  int intermediate_granule_;  // a chunk of intermediate rows begins at a multiple of it
+  int vector_granule_;  // of intermediate rows
   int tile_min_tokens_;
 };
 

@@ -28,26 +28,28 @@ void multiply_vectors(const ExpertWeights& weights, const WorkItem& item, int ex
                           .k = weights.k()});
 }
 
-void multiply_tiles(std::initializer_list<TileProduct> products, const WorkItem& item, int expert, const uint8_t* input,
+void multiply_tiles(std::initializer_list<TileProduct> products, const WorkItem& item, int expert, bool precise,
                     int stride) {
   const int k = products.begin()->weights->k();
-  int granule = kTileK;
+  int granule = kTileGranule;
   for (const TileProduct& product : products) granule = std::lcm(granule, product.weights->block_size());
   const int part = std::max(granule, kTilePartK / granule * granule);
   for (int begin = 0; begin < k; begin += part) {
     for (const TileProduct& product : products) {
       const ExpertWeights& weights = *product.weights;
-      weights.kernels().tile_gemm(
-          {.weights = weights.panel(item.slice, expert, item.first_row) + weights.panel_offset(begin),
-           .panel_bytes = weights.panel_bytes(),
-           .activations = input + tile_row_offset(0, k, begin),
-           .activation_tile_stride = tile_stride(k),
-           .output = product.output,
-           .output_stride = static_cast<size_t>(stride),
-           .accumulate = begin > 0,
-           .num_rows = item.num_rows,
-           .num_tokens = item.num_tokens,
-           .k = std::min(part, k - begin)});
+      weights.kernels().tile_gemm({.weights = weights.panel(item.slice, expert, item.first_row),
+                                   .panel_bytes = weights.panel_bytes(),
+                                   .activations = product.groups,
+                                   .group_bytes = product.group_bytes,
+                                   .output = product.output,
+                                   .output_stride = static_cast<size_t>(stride),
+                                   .accumulate = begin > 0,
+                                   .precise = precise,
+                                   .num_rows = item.num_rows,
+                                   .num_tokens = item.num_tokens,
+                                   .k = k,
+                                   .k_begin = begin,
+                                   .k_end = std::min(begin + part, k)});
     }
   }
 }

@@ -47,12 +47,12 @@ void WorkQueue::fill_list(List& list, const TokenGroups& groups, int num_workers
     const int64_t block_tokens =
         ceil_div(ceil_div(group.num_slots, ceil_div(group.num_slots, kMaxItemTokens)), kTileTokens) * kTileTokens;
     const int64_t num_blocks = ceil_div(group.num_slots, block_tokens);
-    const int64_t max_rows =
-        group.uses_tiles() ? kMaxItemRows / limits.granule * limits.granule : limits.max_vector_rows;
+    const int64_t granule = group.uses_tiles() ? limits.tile_granule : limits.vector_granule;
+    const int64_t max_rows = group.uses_tiles() ? kMaxItemRows / granule * granule : limits.max_vector_rows;
     const int64_t item_cost = remaining / (int64_t{kItemsPerWorker} * num_workers);
-    const int64_t wanted = item_cost * num_blocks / row_cost(group) / limits.granule * limits.granule;
-    const int64_t num_chunks = ceil_div(num_rows, std::clamp<int64_t>(wanted, limits.granule, max_rows));
-    const int64_t chunk_rows = ceil_div(ceil_div(num_rows, num_chunks), limits.granule) * limits.granule;  // evened out
+    const int64_t wanted = item_cost * num_blocks / row_cost(group) / granule * granule;
+    const int64_t num_chunks = ceil_div(num_rows, std::clamp<int64_t>(wanted, granule, max_rows));
+    const int64_t chunk_rows = ceil_div(ceil_div(num_rows, num_chunks), granule) * granule;  // evened out
     list.parts[list.num_parts++] = {list.num_items, g, static_cast<int>(chunk_rows), static_cast<int>(block_tokens),
                                     static_cast<int>(num_blocks)};
     list.num_items += ceil_div(num_rows, chunk_rows) * num_blocks;

@@ -23,10 +23,12 @@ struct WorkItem {
   int first_token, num_tokens;  // first_token: from the group's first slot; a multiple of kTileTokens
 };
 
-// How large items may be, from granule (then all rows are cut at multiples of it) up to kMaxItemRows.
+// Rows of an item: a multiple of the granule of the expert's path, but the last rows of all, up to max_vector_rows or
+// kMaxItemRows. Slices begin at multiples of both granules.
 struct ItemLimits {
-  int granule;
-  int max_vector_rows;  // for experts computed by the vector kernels; a multiple of granule
+  int vector_granule;
+  int max_vector_rows;  // a multiple of vector_granule
+  int tile_granule;
 };
 
 // One list a slice, i.e. a group of workers near the same memory. fill() is for one thread while nobody takes.

@@ -1,4 +1,5 @@
 #include <map>
+#include <numeric>
 #include <set>
 #include <vector>
 
@@ -43,11 +44,12 @@ TEST(split_rows_covers_all) {
 TEST(every_output_once) {
   for (int round = 0; round < 200; ++round) {
     const TokenGroups groups = random_groups(test::random_int(1, 20), test::random_int(1, 100));
-    const int num_rows = test::random_int(1, 700), granule = 32 * test::random_int(1, 3);
-    const ItemLimits limits{granule, granule * test::random_int(1, 2)};
+    const int granule = 32 * test::random_int(1, 3);
+    const ItemLimits limits{granule, granule * test::random_int(1, 2), granule * test::random_int(1, 2)};
+    const int num_rows = test::random_int(1, 700), slice_granule = std::lcm(granule, limits.tile_granule);
     std::vector<int> workers(test::random_int(1, 3));
     for (int& count : workers) count = test::random_int(1, 9);
-    const std::vector<RowRange> rows = split_rows(num_rows, granule, workers);
+    const std::vector<RowRange> rows = split_rows(num_rows, slice_granule, workers);
     WorkQueue queue(static_cast<int>(workers.size()));
     queue.reserve(20);
     queue.fill(groups, rows, workers, limits);
@@ -61,8 +63,9 @@ TEST(every_output_once) {
       const RowRange& slice = rows[item.slice];
       CHECK(item.num_rows > 0 && item.first_row >= slice.begin && item.first_row + item.num_rows <= slice.end,
             "rows " << item.first_row << " + " << item.num_rows);
-      CHECK((item.first_row - slice.begin) % granule == 0, "rows begin at " << item.first_row);
-      CHECK(item.num_rows % granule == 0 || item.first_row + item.num_rows == num_rows, item.num_rows << " rows");
+      const int path_granule = group.uses_tiles() ? limits.tile_granule : granule;
+      CHECK(item.first_row % path_granule == 0, "rows begin at " << item.first_row);
+      CHECK(item.num_rows % path_granule == 0 || item.first_row + item.num_rows == num_rows, item.num_rows << " rows");
       CHECK(item.num_rows <= (group.uses_tiles() ? kMaxItemRows : limits.max_vector_rows), item.num_rows << " rows");
       CHECK(item.first_token % kTileTokens == 0 && item.num_tokens > 0 && item.num_tokens <= kMaxItemTokens,
             "tokens " << item.first_token << " + " << item.num_tokens);
@@ -82,7 +85,7 @@ TEST(own_items_first) {
   const std::vector<int> workers = {2, 2};
   WorkQueue queue(2);
   queue.reserve(4);
-  queue.fill(groups, split_rows(256, 32, workers), workers, {32, 32});
+  queue.fill(groups, split_rows(256, 32, workers), workers, {32, 32, 32});
   bool helps = false;
   for (WorkItem item; queue.take(1, &item);) {
     CHECK(item.slice == 0 || !helps, "own items after those of others");
@@ -102,7 +105,7 @@ TEST(number_of_items) {
     groups.assign(ids.data(), std::vector<float>(ids.size()).data(), tokens, top_k, num_experts, 16);
     WorkQueue queue(1);
     queue.reserve(num_experts);
-    queue.fill(groups, {{0, 2048}}, {16}, {32, 32});
+    queue.fill(groups, {{0, 2048}}, {16}, {32, 32, 32});
     int count = 0, last_rows = 0;
     for (WorkItem item; queue.take(0, &item); ++count) last_rows = item.num_rows;
     CHECK(count >= 16 * 16 && count <= groups.num_groups() * 64, count << " items for " << tokens << " tokens");

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -38,12 +39,21 @@ kt::FloatType float_type(const std::string& name) {
   kt::fail("float_type is \"", name, "\", expected \"float32\", \"float16\" or \"bfloat16\"");
 }
 
+std::vector<kt::WorkerPlace> places(const std::vector<int>& cpus, const std::optional<std::vector<int>>& nodes) {
+  KT_CHECK(!nodes || nodes->size() == cpus.size(), "nodes has ", nodes->size(), " entries, expected ", cpus.size(),
+           ": the memory node of each of cpus, or -1");
+  std::vector<kt::WorkerPlace> places;
+  for (size_t i = 0; i < cpus.size(); ++i) places.push_back({cpus[i], nodes ? (*nodes)[i] : -1});
+  return places;
+}
+
 // Adds to MoEExecutor that it can be closed.
 class Executor {
  public:
-  Executor(std::string isa, std::vector<int> cpus, int max_num_tokens)
-      : executor_(
-            std::make_unique<kt::MoEExecutor>(kt::ExecutorOptions{std::move(isa), std::move(cpus), max_num_tokens})) {}
+  Executor(std::string isa, const std::vector<int>& cpus, int max_num_tokens,
+           const std::optional<std::vector<int>>& nodes)
+      : executor_(std::make_unique<kt::MoEExecutor>(
+            kt::ExecutorOptions{std::move(isa), places(cpus, nodes), max_num_tokens})) {}
 
   kt::MoEExecutor& get() const {
     KT_CHECK(executor_ != nullptr, "the executor is closed; create another");
@@ -118,17 +128,22 @@ PYBIND11_MODULE(_native, m) {
   py::class_<kt::ExpertTensor>(m, "ExpertTensor").def(py::init(&make_tensor), "type"_a, "shape"_a, "spans"_a);
 
   py::class_<Executor>(m, "Executor")
-      .def(py::init<std::string, std::vector<int>, int>(), py::kw_only(), "isa"_a, "cpus"_a, "max_num_tokens"_a,
-           Unlocked())
+      .def(py::init<std::string, const std::vector<int>&, int, const std::optional<std::vector<int>>&>(), py::kw_only(),
+           "isa"_a, "cpus"_a, "max_num_tokens"_a, "nodes"_a = py::none(), Unlocked())
       .def_property_readonly("isa", [](const Executor& self) { return self.get().isa(); })
       .def_property_readonly("isa_reason", [](const Executor& self) { return self.get().isa_reason(); })
       .def_property_readonly("placement_report", [](const Executor& self) { return self.get().placement_report(); })
+      .def_property_readonly("memory_report", [](const Executor& self) { return self.get().memory_report(); })
       .def_property_readonly("num_invalid_ids", [](const Executor& self) { return self.get().num_invalid_ids(); })
       .def(
           "add_layer",
           [](const Executor& self, const kt::ExpertTensor& gate, const kt::ExpertTensor& up,
              const kt::ExpertTensor& down) { return self.get().add_layer({gate, up, down}); },
           "gate"_a, "up"_a, "down"_a, Unlocked())
+      .def(
+          "workspace_bytes",
+          [](const Executor& self, int top_k, int layer) { return self.get().workspace_bytes(top_k, layer); },
+          "top_k"_a, "layer"_a)
       .def(
           "start_loading", [](const Executor& self) { self.get().start_loading(); }, Unlocked())
       .def("load_progress",

@@ -8,6 +8,7 @@ The files in the order a request meets them:
     compat      the only patches of vLLM
     preflight   everything that can be refused is refused here, before the engine starts
     cpus        which logical CPUs the executor's threads are pinned to
+    numa        the machine's NUMA nodes, and which of them the executor uses
     memory      does it all fit
     hf_config   config.json without the quantisation of weights we do not load
     gguf/       files to tensors: headers, shards, dequantisation

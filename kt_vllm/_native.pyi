@@ -17,7 +17,8 @@ class ExpertTensor:
 class Executor:
     """csrc/executor/moe_executor.h. Methods that block release the GIL."""
 
-    def __init__(self, *, isa: str, cpus: list[int], max_num_tokens: int) -> None: ...
+    def __init__(self, *, isa: str, cpus: list[int], max_num_tokens: int, nodes: list[int] | None = None) -> None:
+        """One worker an entry of cpus; nodes: the memory node of each, -1 (as without nodes) where it is unknown."""
     @property
     def isa(self) -> str: ...
     @property
@@ -26,8 +27,13 @@ class Executor:
     def placement_report(self) -> str:
         """One line: which CPUs the workers are pinned to, and why not where they are not."""
     @property
+    def memory_report(self) -> str:
+        """One line: bytes of the experts, how much of them in huge pages, on which memory nodes."""
+    @property
     def num_invalid_ids(self) -> int: ...
     def add_layer(self, gate: ExpertTensor, up: ExpertTensor, down: ExpertTensor) -> int: ...
+    def workspace_bytes(self, top_k: int, layer: int) -> int:
+        """Host memory that calls of a layer take beside the weights; layers share it, so the largest counts."""
     def start_loading(self) -> None: ...
     def load_progress(self) -> tuple[int, int, bool]:
         """(bytes_done, bytes_total, finished); raises what a reader met."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from kt_vllm.errors import ConfigError
+from kt_vllm.numa import check_numa
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -45,8 +46,15 @@ class KTConfig:
     isa: str = _flag(
         "Instruction set of the expert kernels: auto takes the best this CPU can run.", default="auto", metavar="ISA"
     )
-    # The logical CPU of each executor thread. Chosen in the process the user started: vLLM pins its workers.
+    numa: str = _flag(
+        "NUMA nodes of the executor: auto takes all it may use, off sees the machine as one, or a list such as 0,2-3.",
+        default="auto",
+        metavar="auto|off|LIST",
+    )
+    # The logical CPU of each executor thread, and the NUMA node of each (-1: none). Chosen in the process the user
+    # started: vLLM pins its workers.
     cpus: tuple[int, ...] = ()
+    nodes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.gguf, str) or not self.gguf:
@@ -57,7 +65,13 @@ class KTConfig:
             raise ConfigError(f"--kt-cpu-infer is {self.cpu_infer}; give 1 or more threads, or leave it out.")
         if not isinstance(self.isa, str):
             raise ConfigError(f"--kt-isa is {self.isa!r}; give auto or the name of an instruction set.")
+        check_numa(self.numa)
         object.__setattr__(self, "cpus", tuple(self.cpus))
+        object.__setattr__(self, "nodes", tuple(self.nodes))
+        if self.nodes and len(self.nodes) != len(self.cpus):
+            raise ConfigError(
+                f"nodes has {len(self.nodes)} entries and cpus {len(self.cpus)}; give a node for each CPU, or neither."
+            )
 
     @classmethod
     def from_dict(cls, values: Any) -> "KTConfig":
@@ -84,7 +98,7 @@ class KTConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable: vLLM hashes additional_config."""
-        return {**dataclasses.asdict(self), "cpus": list(self.cpus)}
+        return {**dataclasses.asdict(self), "cpus": list(self.cpus), "nodes": list(self.nodes)}
 
 
 def flag_fields() -> list[dataclasses.Field]:

@@ -17,8 +17,13 @@ _FLOAT_TYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat
 class CPUExpertExecutor:
     """Owns the worker threads and the expert weights of this process. One call is in flight at a time."""
 
-    def __init__(self, *, isa: str, cpus: Sequence[int], max_num_tokens: int) -> None:
-        self.native = _native.Executor(isa=isa, cpus=list(cpus), max_num_tokens=max_num_tokens)
+    def __init__(
+        self, *, isa: str, cpus: Sequence[int], max_num_tokens: int, nodes: Sequence[int] | None = None
+    ) -> None:
+        """One thread an entry of cpus; nodes: the memory node of each, -1 where it is unknown."""
+        self.native = _native.Executor(
+            isa=isa, cpus=list(cpus), max_num_tokens=max_num_tokens, nodes=None if nodes is None else list(nodes)
+        )
         self._warned = False
         self._finalizer = weakref.finalize(self, self.native.close)
 

@@ -68,6 +68,8 @@ class KTModelLoader(BaseModelLoader):
             if executor is not None:
                 executor.close()
             raise
+        if executor is not None:
+            logger.info("kt_vllm: %s", executor.native.memory_report)
         _check_complete(model, loaded)
 
     def _progress_bar(self, plan: CheckpointPlan, methods: list[KTMoEMethod]) -> tqdm:
@@ -96,7 +98,10 @@ def _make_executor(
     if not methods:
         return None
     executor = CPUExpertExecutor(
-        isa=config.isa, cpus=config.cpus, max_num_tokens=vllm_config.scheduler_config.max_num_batched_tokens
+        isa=config.isa,
+        cpus=config.cpus,
+        nodes=config.nodes or None,
+        max_num_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
     )
     for method in methods:
         method.handle = executor.add_layer(plan.experts[extract_layer_index(method.layer_name)])

@@ -1,8 +1,10 @@
 """How much host memory there is, and a refusal before loading rather than a kill during it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
+from kt_vllm import _native
+from kt_vllm.checkpoint import LayerExperts
 from kt_vllm.errors import ResourceError
 
 GIB = 1 << 30
@@ -27,6 +29,22 @@ def check_memory(needed: Mapping[str, int], available: int) -> None:
         f"loading needs {_gib(total)} of host memory ({parts}) and {_gib(available)} are available: free memory or "
         "raise the container's limit, use a smaller quantisation, or a machine with more"
     )
+
+
+def executor_workspace_bytes(
+    layers: Iterable[LayerExperts], *, isa: str, cpus: Sequence[int], max_num_tokens: int, top_k: int
+) -> int:
+    """Host memory that the executor takes for its calls, beside the weights. Reads no weights."""
+    executor = _native.Executor(isa=isa, cpus=list(cpus), max_num_tokens=max_num_tokens)
+    try:
+        distinct = {tuple((t.type, t.shape) for t in (x.gate, x.up, x.down)): x for x in layers}
+        tensors = [
+            [_native.ExpertTensor(t.type, t.shape, list(t.spans)) for t in (x.gate, x.up, x.down)]
+            for x in distinct.values()
+        ]
+        return max((executor.workspace_bytes(top_k, executor.add_layer(*three)) for three in tensors), default=0)
+    finally:
+        executor.close()
 
 
 def _gib(count: int) -> str:

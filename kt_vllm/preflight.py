@@ -13,7 +13,7 @@ from vllm.platforms import current_platform
 from kt_vllm import _native, compat
 from kt_vllm.checkpoint import CheckpointPlan
 from kt_vllm.config import CONFIG_KEY, KTConfig
-from kt_vllm.cpus import allowed_cpus, choose_cpus
+from kt_vllm.cpus import allowed_cpus, choose_cpus, nodes_of
 from kt_vllm.errors import ConfigError, ResourceError
 from kt_vllm.gguf.reader import GGUFModel
 from kt_vllm.hf_config import CONFIG_FORMAT
@@ -73,17 +73,17 @@ def prepare(engine_args: "EngineArgs") -> KTConfig | None:
 
 
 def _resolve(config: KTConfig) -> KTConfig:
-    """With the CPUs of every executor thread; raises for an instruction set this CPU cannot run."""
+    """With CPU and NUMA node of every executor thread; raises for an instruction set or a node that is not there."""
     try:
         _native.choose_isa(config.isa)
     except _native.NativeError as error:
         raise ResourceError(f"--kt-isa is {config.isa!r}: {error}") from None
     if config.cpus:
-        return config
-    choice = choose_cpus(config.cpu_infer, allowed_cpus())
+        return config if config.nodes else dataclasses.replace(config, nodes=nodes_of(config.cpus, numa=config.numa))
+    choice = choose_cpus(config.cpu_infer, allowed_cpus(), numa=config.numa)
     if choice.warning:
         logger.warning("kt_vllm: %s", choice.warning)
-    return dataclasses.replace(config, cpus=choice.cpus)
+    return dataclasses.replace(config, cpus=choice.cpus, nodes=choice.nodes)
 
 
 def _refuse_unsupported(engine_args: "EngineArgs") -> None:

@@ -6,14 +6,19 @@
 #include <string>
 #include <vector>
 
+#include "kernels/kernel_table.h"
 #include "moe_params.h"
+#include "numa/thread_pool.h"
 
 namespace kt {
 
 struct ExecutorOptions {
   std::string isa = "auto";  // "auto" or the name of a kernel table
-  std::vector<int> cpus;     // one worker thread an entry, pinned to that logical CPU; an entry may repeat
-  int max_num_tokens = 0;    // workspace is sized for this; longer calls are cut into pieces of it
+  // One worker thread an entry, pinned to that logical CPU; an entry may repeat. Weights are shared out to the memory
+  // nodes in proportion to their workers.
+  std::vector<WorkerPlace> workers;
+  int max_num_tokens = 0;              // workspace is sized for this; longer calls are cut into pieces of it
+  const KernelTable* table = nullptr;  // instead of what isa names; must outlive the executor
 };
 
 struct LoadProgress {
@@ -35,12 +40,19 @@ class MoEExecutor {
   // Checks shapes, types and file sizes; reads nothing yet. Returns the layer's index. Throws kt::Error.
   int add_layer(const MoELayerSpec& spec);
 
-  // Reads all layers not loaded yet with all worker threads, each byte once, straight into its final place.
+  // Reads all layers not loaded yet with all worker threads, each byte once, into its final place.
   // Returns at once; load_progress() throws the first error, also that loading was cancelled. cancel_loading() returns
   // when no worker reads any more. After an error or a cancel start_loading() begins again.
   void start_loading();
   LoadProgress load_progress();
   void cancel_loading();
+
+  // One line: how much memory the weights take, how much of it in huge pages, on which nodes.
+  std::string memory_report() const;
+
+  // What calls of this layer take beside the weights, with up to top_k experts a token: scratch of all workers, which
+  // all layers share. The largest of the layers is what the executor takes.
+  size_t workspace_bytes(int top_k, int layer) const;
 
   // submit() returns once the work is handed to the workers; wait() returns when output is complete.
   // Exactly one wait() after each submit().

@@ -1,55 +1,54 @@
 #include "executor/moe_layer.h"
 
 #include <algorithm>
+#include <limits>
 #include <numeric>
 
+#include "check.h"
+#include "executor/activation_layout.h"
 #include "executor/layer_check.h"
+#include "executor/multiply.h"
 
 namespace kt {
 namespace {
 
-// Weight rows of one work item. Small enough that a decode step of one token has several items a thread (DeepSeek-R1:
-// 512 of gate+up, 224 of down), large enough that taking an item (one contended atomic) and the output's cache lines
-// (32 floats are two) cost nothing beside it. Fixed, as the scratch is cut for it; no result depends on it.
-constexpr int kRowChunk = 32;
+enum : int { kPrepare, kGateUp, kDown };  // kDown + pass; see the header
 
-// Tokens of one GEMM call. Bounds scratch, and lets a chunk's weights (2 x 126 KiB for R1 in Q4_K) and the tile's
-// activations (64 x 8.75 KiB) stay together in an L2 of 1 MiB.
-constexpr int kTokenTile = 64;
+// Weights of an item of the vector path, at most: they stay in an L2 of 1 MiB, beside the activations of one GEMM call,
+// while the item's tokens are gone through. DeepSeek-R1 in Q4_K: 32 rows of gate and up, 224 of down.
+constexpr size_t kMaxVectorItemBytes = size_t{256} << 10;
 
-// Activations that are worth a work item of their own: below this, taking the item costs as much as the quantising.
-constexpr int kMinQuantizeRange = 1024;
+// Activations that are worth a work item of their own: below this, taking the item costs as much as preparing them.
+constexpr int kMinPrepareRange = 1024;
 
-constexpr size_t kCacheLine = 64;
+// Rows of an item are whole cache lines of float32, and whole panels.
+constexpr int kIntermediateGranule = 32;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-size_t round_up(size_t bytes) { return (bytes + kCacheLine - 1) / kCacheLine * kCacheLine; }
+constexpr int kTileMultiple = 32;  // K of every tile kernel is one
+constexpr int kNever = std::numeric_limits<int>::max();
 
-size_t activation_bytes(const TypeKernels& kernels, int k) {
-  return static_cast<size_t>(k / kernels.activation_block) * kernels.activation_block_bytes;
-}
-// Rows begin on cache lines: kernels may load aligned, and two threads never write one line.
-size_t activation_row_bytes(const TypeKernels& kernels, int k) { return round_up(activation_bytes(kernels, k)); }
+// The same for merging, where top_k rows are read for each output.
+constexpr int kMinMergeRange = 256;
 
-// Fewest activations of which every whole number begins on a cache line of the quantised row.
-int aligned_activations(const TypeKernels& kernels) {
-  return kernels.activation_block * static_cast<int>(kCacheLine / std::gcd(kCacheLine, kernels.activation_block_bytes));
-}
+// Outputs of a merge item when there are tokens enough: some microseconds.
+constexpr int kMergeItem = 4096;
 
-// How a row of k activations is cut when there are fewer rows than workers.
+// How a row of k elements is cut when there are fewer rows than workers.
 struct RowCut {
-  int length;  // activations a range; the last may be shorter
+  int length;  // elements a range; the last may be shorter
   int ranges;
 };
-RowCut cut_row(int k, int64_t num_rows, int num_workers, int granule) {
+RowCut cut_row(int k, int64_t num_rows, int num_workers, int granule, int least) {
   const int64_t wanted = num_rows >= num_workers ? 1 : ceil_div(num_workers, std::max<int64_t>(num_rows, 1));
-  const int64_t length = std::max<int64_t>(ceil_div(k, wanted), kMinQuantizeRange);
+  const int64_t length = std::max<int64_t>(ceil_div(k, wanted), least);
   const int64_t aligned = std::min<int64_t>(ceil_div(length, granule) * granule, k);
   return {static_cast<int>(aligned), static_cast<int>(ceil_div(k, aligned))};
 }
 
-LoadedTensor describe(const ExpertTensor& spec, const KernelTable& table) {
-  return {spec, find_type_kernels(table, spec.type), ggml_row_bytes(spec.type, spec.num_cols), NodeMemory()};
+// Rows of an item of the vector path whose weights are row_bytes each.
+int max_vector_rows(size_t row_bytes, int granule) {
+  const size_t rows = kMaxVectorItemBytes / row_bytes / granule * granule;
+  return static_cast<int>(std::clamp<size_t>(rows, granule, kMaxItemRows / granule * granule));
 }
 
 const MoELayerSpec& checked(const MoELayerSpec& spec, const KernelTable& table, int index) {
@@ -57,169 +56,287 @@ const MoELayerSpec& checked(const MoELayerSpec& spec, const KernelTable& table, 
   return spec;
 }
 
-// A worker's own scratch, one buffer after another.
-struct WorkerScratch {
-  float* gate;         // [kTokenTile, kRowChunk]; also down's output
-  float* up;           // [kTokenTile, kRowChunk]
-  float* row;          // [hidden_size]
-  float* accumulator;  // [max_num_tokens, kRowChunk]
+std::vector<int> shares_of(const ThreadPool& pool) {
+  std::vector<int> shares;
+  for (int group = 0; group < pool.num_nodes(); ++group) shares.push_back(pool.workers_on(group));
+  return shares;
+}
 
-  WorkerScratch(uint8_t* memory, int hidden_size) {
-    gate = reinterpret_cast<float*>(memory);
-    up = gate + kTokenTile * kRowChunk;
-    row = up + kTokenTile * kRowChunk;
-    accumulator = row + round_up(hidden_size * sizeof(float)) / sizeof(float);
+// Intermediate rows of an item of the vector path: whole blocks of down's activations, of whole cache lines.
+int vector_granule(const MoELayerSpec& spec, const KernelTable& table) {
+  const int granule = std::lcm(kIntermediateGranule, aligned_activations(*find_type_kernels(table, spec.down.type)));
+  KT_CHECK(granule <= kMaxItemRows, "kernels ", table.isa, " want blocks of ", granule,
+           " activations, expected at most ", kMaxItemRows, "; the executor must learn larger items first");
+  return granule;
+}
+
+// Tokens from which all three matrices are faster by their tile kernels.
+int tile_min_tokens(const MoELayerSpec& spec, const KernelTable& table) {
+  int tokens = 1;
+  for (const ExpertTensor* tensor : {&spec.gate, &spec.up, &spec.down}) {
+    const TypeKernels& kernels = *find_type_kernels(table, tensor->type);
+    if (kernels.tile_gemm == nullptr || table.store_tile_row == nullptr || tensor->num_cols % kTileMultiple != 0)
+      return kNever;
+    tokens = std::max(tokens, kernels.tile_min_tokens);
   }
-  static size_t bytes(int hidden_size, int max_num_tokens) {
-    return round_up(hidden_size * sizeof(float)) +
-           (2 * kTokenTile + static_cast<size_t>(max_num_tokens)) * kRowChunk * sizeof(float);
-  }
-};
+  return tokens;
+}
+
+// Slices of intermediate rows are cut where items of both paths may begin.
+int slice_granule(const MoELayerSpec& spec, const KernelTable& table) {
+  const int granule = vector_granule(spec, table);
+  return tile_min_tokens(spec, table) == kNever ? granule : std::lcm(granule, kTileGranule);
+}
 
 }  // namespace
 
-MoELayer::MoELayer(const MoELayerSpec& spec, const KernelTable& table, int index)
-    : gate(describe(checked(spec, table, index).gate, table)),
-      up(describe(spec.up, table)),
-      down(describe(spec.down, table)),
-      table_(table) {}
+// A worker's own buffers, one after another.
+struct MoELayer::Scratch {
+  float* gate;  // [kMaxItemTokens, kMaxItemRows]
+  float* up;    // [kMaxItemTokens, kMaxItemRows]
+  float* row;   // [hidden_size]
+
+  explicit Scratch(uint8_t* memory) {
+    gate = reinterpret_cast<float*>(memory);
+    up = gate + kMaxItemTokens * kMaxItemRows;
+    row = up + kMaxItemTokens * kMaxItemRows;
+  }
+  static size_t bytes(int hidden_size) {
+    return (2 * kMaxItemTokens * kMaxItemRows + static_cast<size_t>(hidden_size)) * sizeof(float);
+  }
+};
+
+MoELayer::MoELayer(const MoELayerSpec& spec, const KernelTable& table, const ThreadPool& pool, int index)
+    : table_(table),
+      pool_(pool),
+      shares_(shares_of(pool)),
+      gate_(checked(spec, table, index).gate, table, slice_granule(spec, table), shares_),
+      up_(spec.up, table, slice_granule(spec, table), shares_),
+      down_(spec.down, table, kHiddenGranule, shares_),
+      vector_granule_(vector_granule(spec, table)),
+      tile_min_tokens_(kt::tile_min_tokens(spec, table)) {}
+
+bool MoELayer::has_tiles() const { return tile_min_tokens_ != kNever; }
+
+// Of 16 tokens, as the tile kernels of `reader` want them.
+size_t MoELayer::group_bytes(const ExpertWeights& reader) const {
+  return table_.tile_group_bytes(reader.kernels().tile_format, reader.k());
+}
+
+// Activations [begin, begin + n) of a token, which is `row` in the tiles.
+void MoELayer::store_tiles(const float* x, int begin, int n, const ExpertWeights& reader, int64_t row,
+                           uint8_t* tiles) const {
+  table_.store_tile_row(reader.kernels().tile_format, x, begin, n, reader.k(), static_cast<int>(row % kTileTokens),
+                        tiles + row / kTileTokens * group_bytes(reader));
+}
+
+void MoELayer::prepare_loading(ExpertLoader& loader) {
+  for (ExpertWeights* weights : {&gate_, &up_, &down_}) weights->prepare_loading(pool_, loader);
+}
 
 WorkspaceSize MoELayer::workspace_size(int max_num_tokens, int top_k) const {
   const size_t tokens = max_num_tokens, slots = tokens * top_k;
   WorkspaceSize size;
-  size.input[0] = tokens * activation_row_bytes(*gate.kernels, hidden_size());
-  size.input[1] = shares_input() ? 0 : tokens * activation_row_bytes(*up.kernels, hidden_size());
-  size.intermediate = slots * intermediate_size() * sizeof(float);
-  size.intermediate_quant = slots * activation_row_bytes(*down.kernels, intermediate_size());
-  size.worker = WorkerScratch::bytes(hidden_size(), max_num_tokens);
+  size.input[0] = tokens * activation_row_bytes(gate_.kernels(), hidden_size());
+  size.input[1] = shares_input() ? 0 : tokens * activation_row_bytes(up_.kernels(), hidden_size());
+  size.intermediate = slots * activation_row_bytes(down_.kernels(), intermediate_size());
+  if (has_tiles()) {
+    // Every expert on the tile path may leave part of a tile empty.
+    const size_t tiles = slots / kTileTokens + std::min<size_t>(num_experts(), slots / tile_min_tokens_);
+    size.input_tiles[0] = tiles * group_bytes(gate_);
+    size.input_tiles[1] = shares_tiles() ? 0 : tiles * group_bytes(up_);
+    size.intermediate_tiles = tiles * group_bytes(down_);
+  }
+  for (int i = 0; i < 2; ++i)
+    size.slot_rows[i] = DownPasses::buffer_bytes(down_.slices(), static_cast<int64_t>(slots), i == 1);
+  size.worker = Scratch::bytes(hidden_size());
   return size;
 }
 
-void MoELayer::run(MoEStage stage, const MoEPiece& piece, std::atomic<int64_t>& next_item, int worker) const {
-  switch (stage) {
-    case MoEStage::kQuantizeInput:
-      return quantize_input(piece, next_item, worker);
-    case MoEStage::kGateUp:
-      return gate_up(piece, next_item, worker);
-    case MoEStage::kQuantizeIntermediate:
-      return quantize_intermediate(piece, next_item);
-    case MoEStage::kDown:
-      return down_sum(piece, next_item, worker);
+int MoELayer::begin_phase(MoEPiece& piece) const {
+  piece.passes = DownPasses(down_.slices(), piece.groups.num_slots());
+  // Nothing but padding: one merge of nothing writes its zeros.
+  const int phase = piece.groups.num_slots() == 0 ? kDown + 1 : kPrepare;
+  begin(phase, piece);
+  return phase;
+}
+
+int MoELayer::begin_phase_after(int phase, MoEPiece& piece) const {
+  if (phase == kDown + piece.passes.num_passes()) return ThreadPool::kDone;
+  begin(phase + 1, piece);
+  return phase + 1;
+}
+
+void MoELayer::begin(int phase, MoEPiece& piece) const {
+  piece.next_token_item.store(0, std::memory_order_relaxed);
+  const int pass = phase - kDown;
+  if (phase == kGateUp) {
+    piece.rows = gate_.slices();  // of the same length: no allocation
+    const int rows = max_vector_rows(gate_.row_bytes() + up_.row_bytes(), vector_granule_);
+    piece.queue.fill(piece.groups, piece.rows, shares_, {vector_granule_, rows, kTileGranule});
+  } else if (phase >= kDown && pass < piece.passes.num_passes()) {
+    for (int slice = 0; slice < piece.passes.num_slices(); ++slice)
+      piece.rows[slice] = piece.passes.part(pass, slice).rows;
+    piece.queue.fill(piece.groups, piece.rows, shares_,
+                     {kHiddenGranule, max_vector_rows(down_.row_bytes(), kHiddenGranule), kHiddenGranule});
   }
 }
 
-// Item: a range of one routed token's row. Quantised once for each format, however many experts read it.
-void MoELayer::quantize_input(const MoEPiece& piece, std::atomic<int64_t>& next_item, int worker) const {
+void MoELayer::run_phase(int phase, MoEPiece& piece, int worker) const {
+  if (phase == kPrepare) return prepare(piece, worker);
+  if (phase == kGateUp) return gate_up(piece, worker);
+  const int pass = phase - kDown;
+  // Merging first: its rows are in some cache still, and the small items of down make a better end of the phase.
+  if (pass > 0) merge(piece, pass - 1, worker);
+  if (pass < piece.passes.num_passes()) down(piece, pass, worker);
+}
+
+// Item: a range of one routed token's row. Converted once for the vector kernels of each format, however many experts
+// read it, and copied to a tile for each expert on the tile path.
+void MoELayer::prepare(MoEPiece& piece, int worker) const {
+  const TokenGroups& groups = piece.groups;
   const int k = hidden_size();
   const int num_formats = shares_input() ? 1 : 2;
-  const TypeKernels* formats[2] = {gate.kernels, up.kernels};
-  const int granule = num_formats == 1 ? aligned_activations(*gate.kernels)
-                                       : std::lcm(aligned_activations(*gate.kernels), aligned_activations(*up.kernels));
-  const RowCut cut = cut_row(k, piece.groups->num_routed_tokens(), piece.num_workers, granule);
-  const int64_t num_items = int64_t{piece.groups->num_routed_tokens()} * cut.ranges;
-  float* x = WorkerScratch(piece.workspace->worker(worker), k).row;
+  const TypeKernels* formats[2] = {&gate_.kernels(), &up_.kernels()};
+  const int granule = std::lcm(
+      kTileGranule, std::lcm(aligned_activations(*formats[0]), aligned_activations(*formats[num_formats - 1])));
+  const RowCut cut = cut_row(k, groups.num_routed_tokens(), pool_.num_workers(), granule, kMinPrepareRange);
+  const int64_t num_items = int64_t{groups.num_routed_tokens()} * cut.ranges;
+  float* x = Scratch(piece.workspace->worker(worker)).row;
 
-  for (int64_t item; (item = next_item.fetch_add(1, std::memory_order_relaxed)) < num_items;) {
-    const int64_t token = piece.groups->routed_tokens()[item / cut.ranges];
+  for (int64_t item; (item = piece.next_token_item.fetch_add(1, std::memory_order_relaxed)) < num_items;) {
+    const int token = groups.routed_tokens()[item / cut.ranges];
     const int begin = static_cast<int>(item % cut.ranges) * cut.length;
     const int n = std::min(cut.length, k - begin);
-    table_.load_floats(piece.hidden_states + (token * k + begin) * float_bytes(piece.float_type), piece.float_type, x,
-                       n);
-    for (int i = 0; i < num_formats; ++i) {
+    const int64_t first = int64_t{token} * k + begin;
+    table_.load_floats(piece.hidden_states + first * float_bytes(piece.float_type), piece.float_type, x, n);
+    bool vectors = false;
+    for (const int32_t slot : groups.slots_of(token)) {
+      const int32_t row = groups.slot_tile_rows()[slot];
+      vectors |= row < 0;
+      if (row < 0) continue;
+      store_tiles(x, begin, n, gate_, row, piece.workspace->input_tiles(0));
+      if (!shares_tiles()) store_tiles(x, begin, n, up_, row, piece.workspace->input_tiles(1));
+    }
+    for (int i = 0; vectors && i < num_formats; ++i) {
       uint8_t* row = piece.workspace->input(i) + token * activation_row_bytes(*formats[i], k);
       formats[i]->quantize_activations(x, row + activation_bytes(*formats[i], begin), n);
     }
   }
 }
 
-// Item: a chunk of one expert's intermediate rows, for all its tokens.
-void MoELayer::gate_up(const MoEPiece& piece, std::atomic<int64_t>& next_item, int worker) const {
-  const TokenGroups& groups = *piece.groups;
-  const int64_t chunks = ceil_div(intermediate_size(), kRowChunk);
-  const WorkerScratch scratch(piece.workspace->worker(worker), hidden_size());
-  float* intermediate = reinterpret_cast<float*>(piece.workspace->intermediate());
-  const uint8_t* inputs[2] = {piece.workspace->input(0), piece.workspace->input(shares_input() ? 0 : 1)};
+void MoELayer::gate_up(MoEPiece& piece, int worker) const {
+  const Scratch scratch(piece.workspace->worker(worker));
+  for (WorkItem item; piece.queue.take(pool_.node_of(worker), &item);) {
+    if (piece.groups.group(item.group).uses_tiles())
+      gate_up_tiles(piece, item, scratch);
+    else
+      gate_up_vectors(piece, item, scratch);
+  }
+}
 
-  for (int64_t item; (item = next_item.fetch_add(1, std::memory_order_relaxed)) < groups.num_groups() * chunks;) {
-    const TokenGroups::Group& group = groups.group(static_cast<int>(item / chunks));
-    const int first_row = static_cast<int>(item % chunks) * kRowChunk;
-    const int num_rows = std::min(kRowChunk, intermediate_size() - first_row);
-    for (int done = 0; done < group.num_slots; done += kTokenTile) {
-      const int num_tokens = std::min(kTokenTile, group.num_slots - done);
-      const int first_slot = group.first_slot + done;
-      const auto multiply = [&](const LoadedTensor& tensor, const uint8_t* input, float* output) {
-        tensor.kernels->gemm({.weights = tensor.row(group.expert, first_row),
-                              .panel_bytes = tensor.row_bytes,
-                              .activations = input,
-                              .activation_row_bytes = activation_row_bytes(*tensor.kernels, hidden_size()),
-                              .token_rows = groups.slot_tokens() + first_slot,
-                              .output = output,
-                              .output_stride = kRowChunk,
-                              .num_rows = num_rows,
-                              .num_tokens = num_tokens,
-                              .k = hidden_size()});
-      };
-      multiply(gate, inputs[0], scratch.gate);
-      multiply(up, inputs[1], scratch.up);
-      for (int t = 0; t < num_tokens; ++t)
-        table_.silu_mul(scratch.gate + t * kRowChunk, scratch.up + t * kRowChunk,
-                        intermediate + int64_t{first_slot + t} * intermediate_size() + first_row, num_rows);
+void MoELayer::gate_up_vectors(const MoEPiece& piece, const WorkItem& item, const Scratch& scratch) const {
+  const TokenGroups::Group& group = piece.groups.group(item.group);
+  const TypeKernels& next = down_.kernels();
+  const size_t next_row_bytes = activation_row_bytes(next, intermediate_size());
+  const uint8_t* inputs[2] = {piece.workspace->input(0), piece.workspace->input(shares_input() ? 0 : 1)};
+  for (int done = 0; done < item.num_tokens; done += kVectorTokens) {
+    const int num_tokens = std::min(kVectorTokens, item.num_tokens - done);
+    const int first_slot = group.first_slot + item.first_token + done;
+    const int32_t* tokens = piece.groups.slot_tokens() + first_slot;
+    multiply_vectors(gate_, item, group.expert, {inputs[0], tokens, num_tokens}, scratch.gate, item.num_rows);
+    multiply_vectors(up_, item, group.expert, {inputs[1], tokens, num_tokens}, scratch.up, item.num_rows);
+    for (int t = 0; t < num_tokens; ++t) {
+      float* row = scratch.gate + t * item.num_rows;
+      table_.silu_mul(row, scratch.up + t * item.num_rows, row, item.num_rows);
+      next.quantize_activations(
+          row,
+          piece.workspace->intermediate() + (first_slot + t) * next_row_bytes + activation_bytes(next, item.first_row),
+          item.num_rows);
     }
   }
 }
 
-// Item: a range of one slot's row.
-void MoELayer::quantize_intermediate(const MoEPiece& piece, std::atomic<int64_t>& next_item) const {
-  const int k = intermediate_size();
-  const RowCut cut = cut_row(k, piece.groups->num_slots(), piece.num_workers, aligned_activations(*down.kernels));
-  const int64_t num_items = int64_t{piece.groups->num_slots()} * cut.ranges;
-  const float* intermediate = reinterpret_cast<const float*>(piece.workspace->intermediate());
-
-  for (int64_t item; (item = next_item.fetch_add(1, std::memory_order_relaxed)) < num_items;) {
-    const int64_t slot = item / cut.ranges;
-    const int begin = static_cast<int>(item % cut.ranges) * cut.length;
-    uint8_t* row = piece.workspace->intermediate_quant() + slot * activation_row_bytes(*down.kernels, k);
-    down.kernels->quantize_activations(intermediate + slot * k + begin, row + activation_bytes(*down.kernels, begin),
-                                       std::min(cut.length, k - begin));
+void MoELayer::gate_up_tiles(const MoEPiece& piece, const WorkItem& item, const Scratch& scratch) const {
+  const TokenGroups::Group& group = piece.groups.group(item.group);
+  const int64_t first_row = int64_t{group.first_tile} * kTileTokens + item.first_token;
+  const size_t gate_bytes = group_bytes(gate_), up_bytes = group_bytes(up_);
+  const uint8_t* gate_input = piece.workspace->input_tiles(0) + first_row / kTileTokens * gate_bytes;
+  const uint8_t* up_input = piece.workspace->input_tiles(shares_tiles() ? 0 : 1) + first_row / kTileTokens * up_bytes;
+  multiply_tiles({{&gate_, gate_input, gate_bytes, scratch.gate}, {&up_, up_input, up_bytes, scratch.up}}, item,
+                 group.expert, false, item.num_rows);
+  for (int t = 0; t < item.num_tokens; ++t) {
+    float* row = scratch.gate + t * item.num_rows;
+    table_.silu_mul(row, scratch.up + t * item.num_rows, row, item.num_rows);
+    store_tiles(row, item.first_row, item.num_rows, down_, first_row + t, piece.workspace->intermediate_tiles());
   }
 }
 
-// Item: a chunk of hidden rows, for all experts and tokens. One worker adds up everything that goes into an output
-// element, experts ascending, so there is no reduction between threads and the order of the sum is always the same.
-void MoELayer::down_sum(const MoEPiece& piece, std::atomic<int64_t>& next_item, int worker) const {
-  const TokenGroups& groups = *piece.groups;
-  const int64_t chunks = ceil_div(hidden_size(), kRowChunk);
-  const WorkerScratch scratch(piece.workspace->worker(worker), hidden_size());
-  const size_t row_bytes = activation_row_bytes(*down.kernels, intermediate_size());
+// Writes the slot rows of a pass: no two items meet, so nothing is added up between threads.
+void MoELayer::down(MoEPiece& piece, int pass, int worker) const {
+  for (WorkItem item; piece.queue.take(pool_.node_of(worker), &item);) {
+    const TokenGroups::Group& group = piece.groups.group(item.group);
+    const DownPasses::Part part = piece.passes.part(pass, item.slice);
+    const int64_t first_slot = group.first_slot + item.first_token;
+    float* output = piece.workspace->slot_rows(pass) + first_slot * piece.passes.stride() + part.column +
+                    (item.first_row - part.rows.begin);
+    if (group.uses_tiles())
+      down_tiles(piece, item, output);
+    else
+      down_vectors(piece, item, output);
+  }
+}
 
-  for (int64_t item; (item = next_item.fetch_add(1, std::memory_order_relaxed)) < chunks;) {
-    const int first_row = static_cast<int>(item) * kRowChunk;
-    const int num_rows = std::min(kRowChunk, hidden_size() - first_row);
-    std::fill_n(scratch.accumulator, int64_t{piece.num_tokens} * kRowChunk, 0.0f);
-    for (int g = 0; g < groups.num_groups(); ++g) {
-      const TokenGroups::Group& group = groups.group(g);
-      for (int done = 0; done < group.num_slots; done += kTokenTile) {
-        const int num_tokens = std::min(kTokenTile, group.num_slots - done);
-        const int first_slot = group.first_slot + done;
-        down.kernels->gemm({.weights = down.row(group.expert, first_row),
-                            .panel_bytes = down.row_bytes,
-                            .activations = piece.workspace->intermediate_quant() + first_slot * row_bytes,
-                            .activation_row_bytes = row_bytes,
-                            .token_rows = nullptr,
-                            .output = scratch.gate,
-                            .output_stride = kRowChunk,
-                            .num_rows = num_rows,
-                            .num_tokens = num_tokens,
-                            .k = intermediate_size()});
-        for (int t = 0; t < num_tokens; ++t)
-          table_.add_scaled(groups.slot_weights()[first_slot + t], scratch.gate + t * kRowChunk,
-                            scratch.accumulator + int64_t{groups.slot_tokens()[first_slot + t]} * kRowChunk, num_rows);
+void MoELayer::down_vectors(const MoEPiece& piece, const WorkItem& item, float* output) const {
+  const TokenGroups::Group& group = piece.groups.group(item.group);
+  const size_t row_bytes = activation_row_bytes(down_.kernels(), intermediate_size());
+  for (int done = 0; done < item.num_tokens; done += kVectorTokens) {
+    const int num_tokens = std::min(kVectorTokens, item.num_tokens - done);
+    const uint8_t* input = piece.workspace->intermediate() + (group.first_slot + item.first_token + done) * row_bytes;
+    multiply_vectors(down_, item, group.expert, {input, nullptr, num_tokens},
+                     output + static_cast<size_t>(done) * piece.passes.stride(), piece.passes.stride());
+  }
+}
+
+void MoELayer::down_tiles(const MoEPiece& piece, const WorkItem& item, float* output) const {
+  const TokenGroups::Group& group = piece.groups.group(item.group);
+  const int64_t first_row = int64_t{group.first_tile} * kTileTokens + item.first_token;
+  const size_t bytes = group_bytes(down_);
+  const uint8_t* input = piece.workspace->intermediate_tiles() + first_row / kTileTokens * bytes;
+  // silu(gate) * up has long tails: a step that holds the largest of a block is coarse for all others.
+  multiply_tiles({{&down_, input, bytes, output}}, item, group.expert, true, piece.passes.stride());
+}
+
+// Item: some tokens, or part of one, in the hidden rows of a pass. An output is added up by one worker, experts
+// ascending: the order of the sum is always the same.
+void MoELayer::merge(MoEPiece& piece, int pass, int worker) const {
+  const TokenGroups& groups = piece.groups;
+  const int width = piece.passes.width(pass);
+  const RowCut cut = cut_row(width, piece.num_tokens, pool_.num_workers(), kHiddenGranule, kMinMergeRange);
+  const int tokens = cut.ranges > 1 ? 1 : std::max(1, kMergeItem / width);
+  const int64_t num_items = ceil_div(piece.num_tokens, tokens) * cut.ranges;
+  const size_t element = float_bytes(piece.float_type);
+  const float* slot_rows = piece.workspace->slot_rows(pass);
+  float* sum = Scratch(piece.workspace->worker(worker)).row;
+
+  for (int64_t item; (item = piece.next_token_item.fetch_add(1, std::memory_order_relaxed)) < num_items;) {
+    const int first_token = static_cast<int>(item / cut.ranges) * tokens;
+    const int begin = static_cast<int>(item % cut.ranges) * cut.length;
+    const int end = std::min(begin + cut.length, width);
+    for (int token = first_token; token < std::min(first_token + tokens, piece.num_tokens); ++token) {
+      std::fill(sum, sum + (end - begin), 0.0f);
+      for (const int32_t slot : groups.slots_of(token))
+        table_.add_scaled(groups.slot_weights()[slot], slot_rows + int64_t{slot} * piece.passes.stride() + begin, sum,
+                          end - begin);
+      for (int slice = 0; slice < piece.passes.num_slices(); ++slice) {
+        const DownPasses::Part part = piece.passes.part(pass, slice);
+        const int from = std::max(begin, part.column), to = std::min(end, part.column + part.rows.size());
+        if (from >= to) continue;
+        const int64_t row = part.rows.begin + (from - part.column);
+        table_.store_floats(sum + (from - begin), piece.float_type,
+                            piece.output + (int64_t{token} * hidden_size() + row) * element, to - from);
       }
     }
-    const size_t element = float_bytes(piece.float_type);
-    for (int64_t token = 0; token < piece.num_tokens; ++token)
-      table_.store_floats(scratch.accumulator + token * kRowChunk, piece.float_type,
-                          piece.output + (token * hidden_size() + first_row) * element, num_rows);
   }
 }
 

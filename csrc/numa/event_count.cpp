@@ -20,16 +20,16 @@ void futex_wake_all(std::atomic<uint32_t>* word) {
   syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
 }
 
-int64_t now_ns() {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
-      .count();
-}
-
 // Reading the clock costs as much as about a pause; every so many keeps the spin cheap and its bound still exact
 // enough.
 constexpr int kPausesPerClockRead = 16;
 
 }  // namespace
+
+int64_t now_ns() {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
+      .count();
+}
 
 void EventCount::advance() {
   // Both sides are sequentially consistent: either we see the sleeper, or the sleeper sees the new value.

@@ -12,6 +12,8 @@ namespace kt {
 // back only when we stop spinning.
 inline constexpr int64_t kSpinNanoseconds = 50'000;
 
+int64_t now_ns();  // a clock that only goes forward
+
 class alignas(64) EventCount {
  public:
   uint32_t value() const { return value_.load(std::memory_order_acquire); }

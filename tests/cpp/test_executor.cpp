@@ -1,5 +1,9 @@
+#include <algorithm>
+#include <array>
+#include <climits>
 #include <cmath>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <thread>
 #include <vector>
@@ -8,33 +12,38 @@
 #include "executor/layer_check.h"
 #include "executor/moe_executor.h"
 #include "gguf/dequantize.h"
+#include "gguf/float_bits.h"
 #include "kernels/cpu_features.h"
 #include "kernels/dispatch.h"
+#include "panel_table.h"
 #include "temp_file.h"
 #include "test_harness.h"
 
 namespace kt {
 namespace {
 
-// A layer of random weights of one type in a file, and the weights it decodes to.
+// A layer of random weights in a file, and the weights they decode to.
 struct Layer {
   Layer(GgmlType type, int experts, int hidden, int intermediate)
+      : Layer({type, type, type}, experts, hidden, intermediate) {}
+  // types: of gate, up and down
+  Layer(std::array<GgmlType, 3> types, int experts, int hidden, int intermediate)
       : num_experts(experts), hidden_size(hidden), intermediate_size(intermediate) {
     std::vector<uint8_t> contents;
     for (int i = 0; i < 3; ++i) {
       const int rows = i == 2 ? hidden : intermediate, cols = i == 2 ? intermediate : hidden;
-      const size_t bytes = ggml_row_bytes(type, cols) * rows * experts;
+      const size_t bytes = ggml_row_bytes(types[i], cols) * rows * experts;
       ExpertTensor& tensor = *tensors()[i];
-      tensor = {type, experts, rows, cols, {{"", contents.size(), bytes}}};
-      append_weights(contents, type, size_t(rows) * cols * experts);
+      tensor = {types[i], experts, rows, cols, {{"", contents.size(), bytes}}};
+      append_weights(contents, types[i], size_t(rows) * cols * experts);
       weights[i].resize(size_t(rows) * cols * experts);
-      dequantize(type, contents.data() + contents.size() - bytes, weights[i].size(), weights[i].data());
+      dequantize(types[i], contents.data() + contents.size() - bytes, weights[i].size(), weights[i].data());
     }
     file = std::make_unique<test::TempFile>(contents);
     for (ExpertTensor* tensor : tensors()) tensor->spans[0].path = file->path();
   }
 
-  // F32, or Q8_0 with a scale of 1/64: enough for what the executor does with any type.
+  // Normal floats, or blocks of random bytes with small float16 scales where the type has them.
   static void append_weights(std::vector<uint8_t>& contents, GgmlType type, size_t count) {
     const GgmlTypeInfo& info = ggml_type_info(type);
     const size_t begin = contents.size();
@@ -43,9 +52,14 @@ struct Layer {
       if (type == GgmlType::F32) {
         const float value = test::random_normal();
         std::memcpy(&contents[i], &value, sizeof(value));
+      } else if (type == GgmlType::F16) {
+        const uint16_t value = f32_to_f16(test::random_normal());
+        std::memcpy(&contents[i], &value, sizeof(value));
       } else {
         for (size_t byte = 0; byte < info.block_bytes; ++byte) contents[i + byte] = uint8_t(test::rng()());
-        contents[i] = 0x00, contents[i + 1] = 0x24;
+        contents[i] = 0x00, contents[i + 1] = 0x24;  // 1/64
+        if (type == GgmlType::Q4_K)
+          contents[i + 2] = 0x00, contents[i + 3] = 0x30;  // 1/8: the mins' share is taken away
       }
     }
   }
@@ -81,21 +95,38 @@ double dot(const float* a, const float* b, int n) {
   return sum;
 }
 
-// Relative L2 error of the output against float64.
-double error_of(const Layer& layer, const Call& call) {
+// Rounded where the executor with test::panel_table() rounds, in parts of K, so that an activation goes to the very
+// same bfloat16 number.
+float rounded_dot(const float* a, const float* b, int n) {
+  float sum = 0;
+  for (int begin = 0; begin < n; begin += 1024) sum += float(dot(a + begin, b + begin, std::min(1024, n - begin)));
+  return sum;
+}
+
+float rounded_to_bf16(float x) { return bf16_to_f32(f32_to_bf16(x)); }
+
+// Relative L2 error of the output against float64, every `step`-th token. Experts that at least tile_min_tokens of a
+// piece's tokens go to have their activations rounded to bfloat16, as the tile kernels take them.
+double error_of(const Layer& layer, const Call& call, int tile_min_tokens = INT_MAX, int piece = INT_MAX,
+                int step = 1) {
   const int h = layer.hidden_size, m = layer.intermediate_size;
+  std::map<std::pair<int, int>, int> uses;  // (piece, expert) -> tokens
+  for (int i = 0; i < call.num_tokens * call.top_k; ++i) ++uses[{i / call.top_k / piece, call.ids[i]}];
   double error = 0, size = 0;
-  for (int token = 0; token < call.num_tokens; ++token) {
+  for (int token = 0; token < call.num_tokens; token += step) {
     std::vector<double> sum(h);
     for (int k = 0; k < call.top_k; ++k) {
       const int64_t expert = call.ids[token * call.top_k + k];
-      if (expert < 0) continue;
-      std::vector<float> inner(m);
+      if (expert < 0 || expert >= layer.num_experts) continue;
+      const bool tiles = uses[{token / piece, static_cast<int>(expert)}] >= tile_min_tokens;
+      std::vector<float> x(&call.x[size_t(token) * h], &call.x[size_t(token) * h] + h), inner(m);
+      if (tiles) std::transform(x.begin(), x.end(), x.begin(), rounded_to_bf16);
       for (int row = 0; row < m; ++row) {
-        const float* x = &call.x[size_t(token) * h];
-        const double gate = dot(&layer.weights[0][(expert * m + row) * h], x, h);
-        inner[row] = float(gate / (1 + std::exp(-gate)) * dot(&layer.weights[1][(expert * m + row) * h], x, h));
+        const float gate = rounded_dot(&layer.weights[0][(expert * m + row) * h], x.data(), h);
+        const float up = rounded_dot(&layer.weights[1][(expert * m + row) * h], x.data(), h);
+        kernel_tables().back()->silu_mul(&gate, &up, &inner[row], 1);
       }
+      if (tiles) std::transform(inner.begin(), inner.end(), inner.begin(), rounded_to_bf16);
       for (int row = 0; row < h; ++row)
         sum[row] +=
             call.weights[token * call.top_k + k] * dot(&layer.weights[2][(expert * h + row) * m], inner.data(), m);
@@ -108,13 +139,25 @@ double error_of(const Layer& layer, const Call& call) {
   return size > 0 ? std::sqrt(error / size) : std::sqrt(error);
 }
 
-std::unique_ptr<MoEExecutor> make_executor(const std::vector<Layer*>& layers, int num_workers, int max_num_tokens,
-                                           const char* isa = "reference") {
-  auto executor = std::make_unique<MoEExecutor>(ExecutorOptions{isa, std::vector<int>(num_workers, 0), max_num_tokens});
+// nodes: of each worker; all run on one CPU.
+std::vector<WorkerPlace> places(const std::vector<int>& nodes) {
+  std::vector<WorkerPlace> result;
+  for (int node : nodes) result.push_back({0, node});
+  return result;
+}
+
+std::unique_ptr<MoEExecutor> make_executor(const std::vector<Layer*>& layers, const std::vector<int>& nodes,
+                                           int max_num_tokens, const KernelTable& table = *kernel_tables().back()) {
+  auto executor = std::make_unique<MoEExecutor>(
+      ExecutorOptions{.workers = places(nodes), .max_num_tokens = max_num_tokens, .table = &table});
   for (Layer* layer : layers) executor->add_layer(layer->spec);
   executor->start_loading();
   while (!executor->load_progress().finished) std::this_thread::yield();
   return executor;
+}
+
+std::unique_ptr<MoEExecutor> make_executor(const std::vector<Layer*>& layers, int num_workers, int max_num_tokens) {
+  return make_executor(layers, std::vector<int>(num_workers, -1), max_num_tokens);
 }
 
 void run(MoEExecutor& executor, int layer, Call& call) {
@@ -137,28 +180,110 @@ TEST(layer_against_float64) {
   }
 }
 
-TEST(threads_and_pieces_do_not_change_bits) {
-  Layer layer(GgmlType::Q8_0, 4, 64, 64);
-  for (const KernelTable* table : kernel_tables()) {
-    if ((table->required_features & ~detect_cpu_features()) != 0) continue;
-    Call call(layer, 90, 3);
-    run(*make_executor({&layer}, 1, 90, table->isa), 0, call);
-    const std::vector<float> expected = call.output;
-    for (int num_workers : {2, 7}) {
-      for (int max_num_tokens : {1, 13, 90}) {
-        std::fill(call.output.begin(), call.output.end(), 7.0f);
-        run(*make_executor({&layer}, num_workers, max_num_tokens, table->isa), 0, call);
-        CHECK(std::memcmp(call.output.data(), expected.data(), expected.size() * sizeof(float)) == 0,
-              table->isa << ", " << num_workers << " workers, pieces of " << max_num_tokens);
+// Experts on either path in one call, of types and sizes that are cut in every way: rows that are no multiple of a
+// panel, of a chunk, of a tile; K in several parts.
+TEST(tiles_and_vectors) {
+  constexpr GgmlType F32 = GgmlType::F32, F16 = GgmlType::F16, Q8_0 = GgmlType::Q8_0, Q4_K = GgmlType::Q4_K;
+  Layer layers[] = {{{Q8_0, F32, F16}, 5, 96, 160},
+                    {{Q8_0, Q8_0, Q8_0}, 1, 32, 32},
+                    {{Q4_K, Q8_0, F32}, 3, 1280, 32},
+                    {{F16, Q8_0, Q8_0}, 4, 64, 1056},
+                    {{Q4_K, Q4_K, Q8_0}, 2, 256, 288}};
+  for (Layer& layer : layers) {
+    for (const std::vector<int>& nodes : {std::vector<int>{-1}, {0, 1}, {0, 1, 1, 2, 0}}) {
+      const auto executor = make_executor({&layer}, nodes, 64, test::panel_table<3>());
+      for (int num_tokens : {1, 3, 9, 64, 70}) {
+        Call call(layer, num_tokens, 2);
+        run(*executor, 0, call);
+        const double error = error_of(layer, call, 3, 64);
+        CHECK(error < 1e-5, "relative error " << error << ", " << num_tokens << " tokens, " << nodes.size()
+                                              << " workers, hidden size " << layer.hidden_size);
       }
     }
   }
 }
 
+TEST(sizes_that_no_tile_takes) {
+  Layer layer(GgmlType::F32, 3, 37, 71);
+  for (const std::vector<int>& nodes : {std::vector<int>{-1}, {0, 1, 2}}) {
+    Call call(layer, 50, 2);
+    run(*make_executor({&layer}, nodes, 50, test::panel_table<1>()), 0, call);
+    CHECK(error_of(layer, call) < 1e-5, "relative error " << error_of(layer, call));
+  }
+}
+
+TEST(one_expert_has_all_tokens) {
+  Layer layer(GgmlType::Q8_0, 6, 64, 96);
+  Call call(layer, 700, 1);
+  std::fill(call.ids.begin(), call.ids.end(), 4);
+  run(*make_executor({&layer}, {0, 0, 1}, 700, test::panel_table<3>()), 0, call);
+  CHECK(error_of(layer, call, 3) < 1e-5, "relative error " << error_of(layer, call, 3));
+}
+
+TEST(ids_out_of_range) {
+  Layer layer(GgmlType::Q8_0, 3, 32, 32);
+  const auto executor = make_executor({&layer}, {0, 1}, 16, test::panel_table<3>());
+  Call call(layer, 40, 2);
+  for (size_t i = 0; i < call.ids.size(); i += 3) call.ids[i] = i % 2 == 0 ? 3 : INT32_MIN;
+  std::fill(call.ids.begin() + 20, call.ids.begin() + 30, -1);
+  run(*executor, 0, call);
+  CHECK(error_of(layer, call, 3, 16) < 1e-5, "relative error " << error_of(layer, call, 3, 16));
+  CHECK(std::all_of(&call.output[10 * 32], &call.output[15 * 32], [](float x) { return x == 0; }), "not zero");
+  std::fill(call.ids.begin(), call.ids.end(), -1);
+  run(*executor, 0, call);
+  CHECK(std::all_of(call.output.begin(), call.output.end(), [](float x) { return x == 0; }), "not zero");
+}
+
+bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
+  return std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+}
+
+TEST(threads_nodes_and_pieces_do_not_change_bits) {
+  // The second takes tiles for every expert, so that pieces change no path.
+  std::vector<const KernelTable*> tables = {&test::panel_table<0>(), &test::panel_table<1>()};
+  for (const KernelTable* table : kernel_tables())
+    if ((table->required_features & ~detect_cpu_features()) == 0) tables.push_back(table);
+  for (const auto& [hidden, intermediate] : {std::pair{64, 64}, {288, 352}}) {
+    Layer layer(GgmlType::Q8_0, 4, hidden, intermediate);
+    for (const KernelTable* table : tables) {
+      Call call(layer, 90, 3);
+      run(*make_executor({&layer}, {-1}, 90, *table), 0, call);
+      const std::vector<float> expected = call.output;
+      for (const std::vector<int>& nodes : {std::vector<int>{-1, -1}, {0, 1}, {2, 0, 1, 0, 0, 2, 0}}) {
+        for (int max_num_tokens : {1, 13, 90}) {
+          // A piece of fewer tokens takes another path where there are tile kernels for many.
+          if (max_num_tokens < 90 && table->store_tile_row != nullptr && table != tables[1]) continue;
+          std::fill(call.output.begin(), call.output.end(), 7.0f);
+          run(*make_executor({&layer}, nodes, max_num_tokens, *table), 0, call);
+          CHECK(same_bits(call.output, expected),
+                table->isa << ", " << nodes.size() << " workers, pieces of " << max_num_tokens);
+        }
+      }
+    }
+  }
+}
+
+// So many slots that their rows are computed in several passes over the hidden rows.
+TEST(passes_do_not_change_bits) {
+  Layer layer(GgmlType::F32, 9, 1000, 32);
+  for (const KernelTable* table : kernel_tables()) {
+    if ((table->required_features & ~detect_cpu_features()) != 0 || table == kernel_tables().back()) continue;
+    if (table->store_tile_row != nullptr) continue;  // pieces of it may take another path
+    Call call(layer, 4000, 6);
+    run(*make_executor({&layer}, {-1}, 50, *table), 0, call);
+    const std::vector<float> expected = call.output;
+    CHECK(error_of(layer, call, INT_MAX, INT_MAX, 400) < 1e-5, "wrong in one pass");
+    std::fill(call.output.begin(), call.output.end(), 7.0f);
+    run(*make_executor({&layer}, {0, 1, 1}, 4000, *table), 0, call);
+    CHECK(same_bits(call.output, expected), table->isa << ": not the same in passes");
+    return;  // one table is enough
+  }
+}
+
 TEST(storm) {
   Layer layer(GgmlType::F32, 2, 8, 8);
-  for (int num_workers : {1, 3}) {
-    const auto executor = make_executor({&layer}, num_workers, 4);
+  for (const std::vector<int>& nodes : {std::vector<int>{-1}, {-1, -1, -1}, {0, 1, 1}}) {
+    const auto executor = make_executor({&layer}, nodes, 4);
     Call call(layer, 2, 2);
     call.ids = {0, 1, 1, 0};
     for (int i = 0; i < 2000; ++i) {
@@ -178,7 +303,7 @@ TEST(destroyed_in_flight) {
     executor->submit(0, call.params());
     executor.reset();
     CHECK(error_of(layer, call) < 1e-5, "the call was not finished");
-    auto loading = std::make_unique<MoEExecutor>(ExecutorOptions{"reference", {0, 0}, 30});
+    auto loading = std::make_unique<MoEExecutor>(ExecutorOptions{"reference", places({-1, -1}), 30});
     loading->add_layer(layer.spec);
     loading->start_loading();
   }
@@ -206,13 +331,13 @@ TEST(sizes_that_overflow) {
 
 TEST(misuse) {
   Layer layer(GgmlType::F32, 2, 8, 8);
-  MoEExecutor executor({"reference", {0}, 4});
+  MoEExecutor executor({"reference", places({-1}), 4});
   executor.add_layer(layer.spec);
   Call call(layer, 2, 2);
   CHECK_ERROR(executor.submit(0, call.params()), "layer 0 is not loaded");
   CHECK_ERROR(executor.submit(1, call.params()), "layer is 1, expected 0 to 0");
   CHECK_ERROR(executor.wait(), "without a submit()");
-  CHECK_ERROR(MoEExecutor({"reference", {0}, 0}), "max_num_tokens is 0");
+  CHECK_ERROR(MoEExecutor({"reference", places({-1}), 0}), "max_num_tokens is 0");
 }
 
 }  // namespace

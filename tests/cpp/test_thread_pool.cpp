@@ -1,10 +1,13 @@
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
+#include <sys/resource.h>
 
+#include <algorithm>
 #include <cfenv>
 #include <chrono>
 #include <functional>
+#include <limits>
 #include <stdexcept>
 #include <thread>
 #include <vector>
@@ -17,14 +20,17 @@ namespace kt {
 namespace {
 
 // Some CPUs this process may use, repeated when there are fewer.
-std::vector<int> some_cpus(int count) {
+std::vector<WorkerPlace> some_cpus(int count) {
   cpu_set_t allowed;
   sched_getaffinity(0, sizeof(allowed), &allowed);
-  std::vector<int> cpus;
-  for (int cpu = 0; static_cast<int>(cpus.size()) < count; cpu = (cpu + 1) % CPU_SETSIZE)
-    if (CPU_ISSET(cpu, &allowed)) cpus.push_back(cpu);
-  return cpus;
+  std::vector<WorkerPlace> places;
+  for (int cpu = 0; static_cast<int>(places.size()) < count; cpu = (cpu + 1) % CPU_SETSIZE)
+    if (CPU_ISSET(cpu, &allowed)) places.push_back({cpu, -1});
+  return places;
 }
+
+// For jobs that count on every worker.
+constexpr ParkPolicy kNeverPark{.late_ns = std::numeric_limits<int64_t>::max()};
 
 // The phases of plain numbers: each worker adds to its own cell, and one of them checks all cells between phases.
 struct Counting final : ThreadPool::Job {
@@ -50,7 +56,7 @@ struct Calling final : ThreadPool::Job {
 
 TEST(phases_are_ordered) {
   for (int num_workers = 1; num_workers <= 8; ++num_workers) {
-    ThreadPool pool(some_cpus(num_workers));
+    ThreadPool pool(some_cpus(num_workers), kNeverPark);
     Counting job(num_workers, 5);
     for (int call = 0; call < 300; ++call) {
       pool.start(&job, 0);
@@ -63,7 +69,7 @@ TEST(phases_are_ordered) {
 }
 
 TEST(sleepers_wake) {
-  ThreadPool pool(some_cpus(2));
+  ThreadPool pool(some_cpus(2), kNeverPark);
   Counting job(2, 3);
   for (int call = 0; call < 50; ++call) {
     // Around the end of the spin, where falling asleep and being woken meet.
@@ -76,7 +82,7 @@ TEST(sleepers_wake) {
 }
 
 TEST(start_at_a_later_phase) {
-  ThreadPool pool(some_cpus(2));
+  ThreadPool pool(some_cpus(2), kNeverPark);
   std::atomic<int> runs{0};
   Calling job([&](int phase, int) { runs += phase; });
   pool.start(&job, 2);
@@ -85,7 +91,7 @@ TEST(start_at_a_later_phase) {
 }
 
 TEST(an_exception_is_reported_by_wait) {
-  ThreadPool pool(some_cpus(3));
+  ThreadPool pool(some_cpus(3), kNeverPark);
   for (int thrower = 0; thrower < 3; ++thrower) {
     std::atomic<int> last_phase{0};
     Calling job([&](int phase, int worker) {
@@ -104,7 +110,8 @@ TEST(an_exception_is_reported_by_wait) {
 
 TEST(misuse_and_bad_options) {
   CHECK_ERROR(ThreadPool({}), "cpus is empty");
-  CHECK_ERROR(ThreadPool({-1}), "cpus has -1");
+  CHECK_ERROR(ThreadPool({{-1, 0}}), "cpus has -1");
+  CHECK_ERROR(ThreadPool({{0, -2}}), "nodes has -2");
   ThreadPool pool(some_cpus(1));
   pool.wait();  // nothing to wait for
   std::atomic<bool> go{false};
@@ -124,7 +131,7 @@ TEST(destructor_waits_for_the_job) {
     ++runs;
   });
   {
-    ThreadPool pool(some_cpus(2));
+    ThreadPool pool(some_cpus(2), kNeverPark);
     pool.start(&job, 0);
   }
   CHECK(runs == 6, runs << " runs, expected 2 workers x 3 phases");
@@ -138,7 +145,7 @@ TEST(an_exception_between_phases_is_reported_by_wait) {
       throw 1;
     }
   } job;
-  ThreadPool pool(some_cpus(2));
+  ThreadPool pool(some_cpus(2), kNeverPark);
   pool.start(&job, 0);
   CHECK_ERROR(pool.wait(), "no next phase");
   pool.start(&job, 1);
@@ -150,7 +157,7 @@ TEST(an_exception_between_phases_is_reported_by_wait) {
 TEST(floating_point_environment) {
   const int before = std::fegetround();
   std::fesetround(FE_UPWARD);
-  ThreadPool pool(some_cpus(2));
+  ThreadPool pool(some_cpus(2), kNeverPark);
   std::fesetround(before);
   std::vector<int> modes(2, -1);
   Calling job([&](int, int worker) { modes[worker] = std::fegetround(); });
@@ -160,14 +167,14 @@ TEST(floating_point_environment) {
 }
 
 TEST(placement) {
-  const std::vector<int> cpus = some_cpus(2);
-  ThreadPool pool(cpus);
+  const std::vector<WorkerPlace> cpus = some_cpus(2);
+  ThreadPool pool(cpus, kNeverPark);
   CHECK(pool.placement_report().starts_with("pinned 2 threads to CPUs "), pool.placement_report());
   std::vector<int> cpu_counts(2), signals_blocked(2), faults_blocked(2);
   Calling job([&](int, int worker) {
     cpu_set_t own;
     sched_getaffinity(0, sizeof(own), &own);
-    cpu_counts[worker] = CPU_ISSET(cpus[worker], &own) ? CPU_COUNT(&own) : -1;
+    cpu_counts[worker] = CPU_ISSET(cpus[worker].cpu, &own) ? CPU_COUNT(&own) : -1;
     sigset_t blocked;
     pthread_sigmask(SIG_BLOCK, nullptr, &blocked);
     signals_blocked[worker] = sigismember(&blocked, SIGINT) && sigismember(&blocked, SIGTERM);
@@ -180,8 +187,204 @@ TEST(placement) {
     CHECK(signals_blocked[worker], "worker " << worker << " takes signals");
     CHECK(!faults_blocked[worker], "worker " << worker << " would die of a fault without a word");
   }
-  const ThreadPool lost({cpus[0], 4000});
+  const ThreadPool lost({cpus[0], {4000, -1}});
   CHECK(lost.placement_report().find("1 not pinned to CPUs 4000 (") != std::string::npos, lost.placement_report());
+}
+
+TEST(groups_are_numbered_as_they_appear) {
+  const int cpu = some_cpus(1)[0].cpu;
+  const ThreadPool pool({{cpu, 3}, {cpu, 3}, {cpu, -1}, {cpu, 0}, {cpu, 3}, {cpu, 0}});
+  CHECK(pool.num_nodes() == 3, pool.num_nodes() << " groups");
+  const int group_of[] = {0, 0, 1, 2, 0, 2}, numa_node[] = {3, -1, 0}, workers[] = {3, 1, 2};
+  for (int worker = 0; worker < 6; ++worker)
+    CHECK(pool.node_of(worker) == group_of[worker], "worker " << worker << " in group " << pool.node_of(worker));
+  for (int group = 0; group < 3; ++group) {
+    CHECK(pool.numa_node(group) == numa_node[group], "group " << group << " is node " << pool.numa_node(group));
+    CHECK(pool.workers_on(group) == workers[group], "group " << group << " has " << pool.workers_on(group));
+  }
+  CHECK(pool.placement_report().find("; threads of NUMA node 3: 3, -1: 1, 0: 2") != std::string::npos,
+        pool.placement_report());
+  const ThreadPool one(some_cpus(3));
+  CHECK(one.num_nodes() == 1 && one.numa_node(0) == -1 && one.workers_on(0) == 3, "not one group");
+}
+
+// Takes items from a counter, as jobs should, and notes who did.
+struct Sharing final : ThreadPool::Job {
+  Sharing(const ThreadPool& of, int phases) : pool(of), ran(of.num_workers()), num_phases(phases) {}
+  void run(int, int worker) override {
+    ran[worker] = stamp;
+    while (next_item.fetch_add(1, std::memory_order_relaxed) < kItems) {
+      ++items_done;
+      if (item) item();
+    }
+  }
+  int next_phase(int phase) override {
+    std::vector<int> on_group(pool.num_nodes());
+    int num_ran = 0;
+    for (int worker = 0; worker < pool.num_workers(); ++worker) {
+      if (ran[worker] != stamp) continue;
+      ++num_ran;
+      ++on_group[pool.node_of(worker)];
+    }
+    fewest = std::min(fewest, num_ran);
+    idle_groups += std::count(on_group.begin(), on_group.end(), 0);
+    items_expected += kItems;
+    next_item = 0;
+    ++stamp;
+    return phase + 1 < num_phases ? phase + 1 : ThreadPool::kDone;
+  }
+  static constexpr int kItems = 20;
+  const ThreadPool& pool;
+  std::function<void()> item;
+  std::vector<int> ran;  // not atomic: the pool must order them
+  int stamp = 1;
+  int num_phases;
+  int fewest = 1 << 20;
+  int64_t idle_groups = 0;
+  int64_t items_expected = 0;
+  std::atomic<int64_t> items_done{0};
+  std::atomic<int> next_item{0};
+};
+
+// CPUs that are not there: all distinct, so that any number of workers may be parked; the scheduler places them.
+std::vector<WorkerPlace> no_cpus(const std::vector<int>& nodes) {
+  std::vector<WorkerPlace> places;
+  for (int node : nodes) places.push_back({4000 + static_cast<int>(places.size()), node});
+  return places;
+}
+
+// Who is not the first is late, and is gone for one or two jobs: as many changes as there can be.
+TEST(workers_come_and_go) {
+  if (run_delay_ns() < 0) {
+    std::cout << "not tested: this kernel does not tell run delays\n";
+    return;
+  }
+  for (const auto& nodes : {std::vector<int>{0, 0}, {0, 1}, {0, 0, 0, 1}, {0, 1, 2, 3, 3}, {0, 0, 0, 0, 1, 1, 1, 1}}) {
+    const int num_workers = static_cast<int>(nodes.size());
+    uint64_t parks = 0;
+    {
+      ThreadPool pool(no_cpus(nodes), {.late_ns = 0, .park_at_ns = 0, .park_ns = 20'000});
+      Sharing job(pool, 3);
+      for (int call = 0; call < 1000; ++call) {
+        if (call % 100 == 99) std::this_thread::sleep_for(std::chrono::microseconds(test::random_int(0, 150)));
+        pool.start(&job, 0);
+        pool.wait();
+      }
+      parks = pool.num_parks();
+      CHECK(job.items_done == job.items_expected, job.items_done << " items, expected " << job.items_expected);
+      CHECK(job.fewest >= num_workers - std::max(1, num_workers / 4), job.fewest << " of " << num_workers << " worked");
+      CHECK(job.idle_groups == 0, job.idle_groups << " times a group had no worker");
+    }  // some are parked while the pool ends
+    const bool possible = nodes != std::vector<int>{0, 1};
+    CHECK((parks > 0) == possible, parks << " parks of " << num_workers << " workers");
+  }
+}
+
+// Keeps a CPU busy while it lives.
+class Competitor {
+ public:
+  explicit Competitor(int cpu)
+      : thread_([this, cpu] {
+          cpu_set_t own;
+          CPU_ZERO(&own);
+          CPU_SET(cpu, &own);
+          sched_setaffinity(0, sizeof(own), &own);
+          while (!stop_.load(std::memory_order_relaxed)) {
+          }
+        }) {}
+  ~Competitor() {
+    stop_ = true;
+    thread_.join();
+  }
+
+ private:
+  std::atomic<bool> stop_{false};
+  std::thread thread_;
+};
+
+TEST(a_worker_that_loses_its_cpu_is_parked_and_comes_back) {
+  const std::vector<WorkerPlace> places = some_cpus(2);
+  if (places[0].cpu == places[1].cpu || run_delay_ns() < 0) {
+    std::cout << "not tested: needs two CPUs and run delays\n";
+    return;
+  }
+  const auto spin_20us = [] {
+    const int64_t end = now_ns() + 20'000;
+    while (now_ns() < end) {
+    }
+  };
+  const auto limit = [start = now_ns()] { return now_ns() < start + 20'000'000'000; };
+  ThreadPool pool(places, {.late_ns = 300'000, .park_at_ns = 1'000'000, .park_ns = 20'000'000});
+  Sharing job(pool, 2);
+  job.item = spin_20us;
+  const auto call = [&] {
+    pool.start(&job, 0);
+    pool.wait();
+  };
+  {
+    const Competitor competitor(places[0].cpu);
+    while (pool.num_parks() == 0 && limit()) call();
+  }
+  CHECK(pool.num_parks() > 0, "nobody was parked");
+  job.fewest = 0;
+  while (job.fewest < 2 && limit()) {
+    job.fewest = 2;
+    call();
+  }
+  CHECK(job.fewest == 2, "the parked worker did not come back");
+  CHECK(job.items_done == job.items_expected, job.items_done << " items, expected " << job.items_expected);
+}
+
+// Workers of one CPU take it from each other: nothing to blame them for.
+TEST(workers_that_share_a_cpu_are_not_parked) {
+  ThreadPool pool({some_cpus(1)[0], some_cpus(1)[0], some_cpus(1)[0]}, {.late_ns = 0, .park_at_ns = 0});
+  Sharing job(pool, 3);
+  for (int i = 0; i < 100; ++i) {
+    pool.start(&job, 0);
+    pool.wait();
+  }
+  CHECK(pool.num_parks() == 0 && job.fewest == 3, pool.num_parks() << " parks");
+}
+
+TEST(who_is_late_for_its_work_is_not_blamed) {
+  const ParkPolicy policy{.late_ns = 0, .park_at_ns = 1'000'000'000, .park_ns = 0};
+  LostCpu account;
+  account.resume(now_ns());
+  for (int i = 0; i < 50; ++i) CHECK(!account.arrived_late(now_ns(), 50'000'000, 4, policy), "blamed for its work");
+}
+
+TEST(an_idle_pool_sleeps_and_wakes_at_once) {
+  ThreadPool pool(some_cpus(2));
+  Sharing job(pool, 4);
+  const auto call_ns = [&] {
+    const int64_t start = now_ns();
+    pool.start(&job, 0);
+    pool.wait();
+    return now_ns() - start;
+  };
+  const auto cpu_ns = [] {
+    rusage used;
+    getrusage(RUSAGE_SELF, &used);
+    return (used.ru_utime.tv_sec + used.ru_stime.tv_sec) * 1'000'000'000 +
+           (used.ru_utime.tv_usec + used.ru_stime.tv_usec) * 1000;
+  };
+  int64_t best_excess = std::numeric_limits<int64_t>::max();
+  int64_t slept_ns = 0, used_ns = 0;
+  for (int i = 0; i < 5; ++i) {  // a busy machine may spoil some
+    call_ns();
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    const int64_t start = now_ns(), used = cpu_ns();
+    std::this_thread::sleep_for(std::chrono::milliseconds(300));
+    used_ns += cpu_ns() - used;
+    slept_ns += now_ns() - start;
+    const int64_t first = call_ns();
+    std::vector<int64_t> next(9);
+    for (int64_t& ns : next) ns = call_ns();
+    std::sort(next.begin(), next.end());
+    best_excess = std::min(best_excess, first - next[next.size() / 2]);
+  }
+  CHECK(used_ns < slept_ns / 100, used_ns << " ns of CPU in " << slept_ns << " ns asleep");
+  CHECK(best_excess < 1'000'000, "the first job after a sleep takes " << best_excess << " ns more");
 }
 
 }  // namespace

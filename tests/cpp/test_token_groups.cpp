@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <set>
 #include <vector>
 
 #include "executor/token_groups.h"
@@ -44,13 +45,48 @@ void compare_with_sort(const TokenGroups& groups, const std::vector<int32_t>& id
   CHECK(slot == groups.num_slots(), "groups hold " << slot << " slots");
 }
 
+// Groups by size, rows of tiles, and the way back from a token to its slots.
+void check_second_numbers(const TokenGroups& groups, int num_tokens, int tile_min_slots) {
+  std::set<int> order;
+  int tile = 0;
+  for (int g = 0; g < groups.num_groups(); ++g) {
+    const TokenGroups::Group& group = groups.group(g);
+    order.insert(groups.groups_by_size()[g]);
+    if (g > 0)
+      CHECK(
+          groups.group(groups.groups_by_size()[g - 1]).num_slots >= groups.group(groups.groups_by_size()[g]).num_slots,
+          "group " << g << " by size is larger than the one before");
+    const bool uses_tiles = group.num_slots >= tile_min_slots;
+    CHECK(group.first_tile == (uses_tiles ? tile : -1) && group.uses_tiles() == uses_tiles,
+          "group " << g << " has its first tile at " << group.first_tile << ", expected " << tile);
+    for (int i = 0; i < group.num_slots; ++i)
+      CHECK(groups.slot_tile_rows()[group.first_slot + i] == (uses_tiles ? tile * kTileTokens + i : -1),
+            "slot " << group.first_slot + i << " in row " << groups.slot_tile_rows()[group.first_slot + i]);
+    if (uses_tiles) tile += (group.num_slots + kTileTokens - 1) / kTileTokens;
+  }
+  CHECK(groups.num_tiles() == tile, groups.num_tiles() << " tiles, expected " << tile);
+  CHECK(static_cast<int>(order.size()) == groups.num_groups(), "the order by size names a group twice");
+  int num_slots = 0;
+  for (int token = 0; token < num_tokens; ++token) {
+    int last = -1;
+    for (const int32_t slot : groups.slots_of(token)) {
+      CHECK(slot > last && groups.slot_tokens()[slot] == token, "slot " << slot << " is not of token " << token);
+      last = slot;
+      ++num_slots;
+    }
+  }
+  CHECK(num_slots == groups.num_slots(), "tokens have " << num_slots << " slots");
+}
+
 void assign_and_compare(TokenGroups& groups, const std::vector<int32_t>& ids, int num_tokens, int top_k,
                         int num_experts) {
   std::vector<float> weights(ids.size());
   for (float& weight : weights) weight = test::random_normal();
   groups.reserve(num_tokens, top_k, num_experts);
-  groups.assign(ids.data(), weights.data(), num_tokens, top_k, num_experts);
+  const int tile_min_slots = test::random_int(1, 20);
+  groups.assign(ids.data(), weights.data(), num_tokens, top_k, num_experts, tile_min_slots);
   compare_with_sort(groups, ids, weights, num_tokens, top_k, num_experts);
+  check_second_numbers(groups, num_tokens, tile_min_slots);
 }
 
 TEST(random_calls_on_one_object) {

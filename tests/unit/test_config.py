@@ -19,9 +19,9 @@ def parse(*flags: str, additional_config: dict | None = None) -> argparse.Namesp
 
 
 def test_flags_fold_into_additional_config() -> None:
-    args = parse("--kt-gguf", "/m.gguf", "--kt-cpu-infer", "65", "--kt-isa", "avx2")
+    args = parse("--kt-gguf", "/m.gguf", "--kt-cpu-infer", "65", "--kt-isa", "avx2", "--kt-numa", "0-1")
     fold_flags(args)
-    assert args.additional_config == {"kt": {"gguf": "/m.gguf", "cpu_infer": 65, "isa": "avx2"}}
+    assert args.additional_config == {"kt": {"gguf": "/m.gguf", "cpu_infer": 65, "isa": "avx2", "numa": "0-1"}}
     assert not [name for name in vars(args) if name.startswith("kt_")]
     fold_flags(args)
     assert args.additional_config["kt"]["cpu_infer"] == 65
@@ -52,12 +52,12 @@ def test_merge_leaves_its_input_alone() -> None:
 
 
 def test_every_flag_is_a_field_with_help() -> None:
-    assert [field.name for field in flag_fields()] == ["gguf", "cpu_infer", "isa"]
+    assert [field.name for field in flag_fields()] == ["gguf", "cpu_infer", "isa", "numa"]
     assert all(field.metadata["help"] for field in flag_fields())
 
 
 def test_round_trip_is_json() -> None:
-    config = KTConfig(gguf="/m.gguf", cpu_infer=2, cpus=(1, 2))
+    config = KTConfig(gguf="/m.gguf", cpu_infer=2, cpus=(1, 2), numa="0,2-3", nodes=(0, 3))
     assert KTConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
@@ -74,6 +74,9 @@ def test_round_trip_is_json() -> None:
         ({"gguf": "/m", "cpu_infer": "x"}, "give a whole number of threads"),
         ({"gguf": "/m", "cpu_infer": True}, "give a whole number of threads"),
         ({"gguf": "/m", "isa": 2}, "give auto or the name of an instruction set"),
+        ({"gguf": "/m", "numa": "all"}, "--kt-numa is 'all'; give auto, off, or a list of NUMA nodes such as 0 or"),
+        ({"gguf": "/m", "numa": 0}, "--kt-numa is 0; give auto"),
+        ({"gguf": "/m", "cpus": [1, 2], "nodes": [0]}, "nodes has 1 entries and cpus 2; give a node for each CPU"),
         ("/m.gguf", "give a mapping"),
     ],
 )

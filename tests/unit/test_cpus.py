@@ -48,6 +48,7 @@ def test_order(tmp_path: Path, cores: tuple[str, ...], num_threads: int | None, 
     allowed = {int(p.name[3:]) for p in (tmp_path / "devices" / "system" / "cpu").iterdir()}
     choice = choose_cpus(num_threads, allowed, root)
     assert choice.cpus == tuple(expected)
+    assert choice.nodes == (-1,) * len(expected)  # this tree tells of no nodes
     assert choice.warning is None
 
 

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from kt_vllm import _native
+from kt_vllm.checkpoint import ExpertSource, LayerExperts
 from kt_vllm.errors import ResourceError
-from kt_vllm.memory import GIB, available_host_memory, check_memory
+from kt_vllm.memory import GIB, available_host_memory, check_memory, executor_workspace_bytes
 
 MAX = 9223372036854771712  # what v1 says for "no limit"
 
@@ -88,6 +90,26 @@ def test_without_proc(tmp_path: Path) -> None:
 
 def test_this_machine() -> None:
     assert 1 << 20 < available_host_memory() < 1 << 46
+
+
+@pytest.mark.parametrize("isa", _native.available_isas())
+def test_executor_workspace(tmp_path: Path, isa: str) -> None:
+    """DeepSeek-R1 at 4096 tokens: some 100 MB of inputs (470 in tiles), 130 to 270 of intermediates, 134 of results."""
+    path = tmp_path / "sparse"
+
+    def layer(intermediate_size: int) -> LayerExperts:
+        shapes = [(256, intermediate_size, 7168)] * 2 + [(256, 7168, intermediate_size)]
+        nbytes = 256 * 7168 * intermediate_size // 256 * 144
+        return LayerExperts(*(ExpertSource("Q4_K", shape, ((str(path), 0, nbytes),)) for shape in shapes))
+
+    with path.open("wb") as file:
+        file.truncate(layer(2048).gate.nbytes)
+    options = {"isa": isa, "cpus": [0, 0], "top_k": 8}
+    nbytes = executor_workspace_bytes([layer(2048), layer(256), layer(2048)], max_num_tokens=8192, **options)
+    assert 300e6 < nbytes < 1.1e9
+    assert nbytes == executor_workspace_bytes([layer(2048)], max_num_tokens=4096, **options)  # longer calls are cut
+    assert executor_workspace_bytes([layer(256)], max_num_tokens=4096, **options) < nbytes
+    assert executor_workspace_bytes([], max_num_tokens=4096, **options) == 0
 
 
 def test_check_memory() -> None:

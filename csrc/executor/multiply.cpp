@@ -1,0 +1,57 @@
+#include "executor/multiply.h"
+
+#include <algorithm>
+#include <numeric>
+
+#include "executor/activation_layout.h"
+
+namespace kt {
+namespace {
+
+// K of one call of a tile kernel, about: the activations of 256 tokens are then 512 KiB, which stay in L2 while the
+// weights of all rows and matrices pass by. It depends on nothing but the types, as results depend on it.
+constexpr int kTilePartK = 1024;
+
+}  // namespace
+
+void multiply_vectors(const ExpertWeights& weights, const WorkItem& item, int expert, const VectorInput& input,
+                      float* output, int stride) {
+  weights.kernels().gemm({.weights = weights.panel(item.slice, expert, item.first_row),
+                          .panel_bytes = weights.panel_bytes(),
+                          .activations = input.rows,
+                          .activation_row_bytes = activation_row_bytes(weights.kernels(), weights.k()),
+                          .token_rows = input.token_rows,
+                          .output = output,
+                          .output_stride = static_cast<size_t>(stride),
+                          .num_rows = item.num_rows,
+                          .num_tokens = input.num_tokens,
+                          .k = weights.k()});
+}
+
+void multiply_tiles(std::initializer_list<TileProduct> products, const WorkItem& item, int expert, bool precise,
+                    int stride) {
+  const int k = products.begin()->weights->k();
+  int granule = kTileGranule;
+  for (const TileProduct& product : products) granule = std::lcm(granule, product.weights->block_size());
+  const int part = std::max(granule, kTilePartK / granule * granule);
+  for (int begin = 0; begin < k; begin += part) {
+    for (const TileProduct& product : products) {
+      const ExpertWeights& weights = *product.weights;
+      weights.kernels().tile_gemm({.weights = weights.panel(item.slice, expert, item.first_row),
+                                   .panel_bytes = weights.panel_bytes(),
+                                   .activations = product.groups,
+                                   .group_bytes = product.group_bytes,
+                                   .output = product.output,
+                                   .output_stride = static_cast<size_t>(stride),
+                                   .accumulate = begin > 0,
+                                   .precise = precise,
+                                   .num_rows = item.num_rows,
+                                   .num_tokens = item.num_tokens,
+                                   .k = k,
+                                   .k_begin = begin,
+                                   .k_end = std::min(begin + part, k)});
+    }
+  }
+}
+
+}  // namespace kt

@@ -1,0 +1,72 @@
+// The GEMM work of a stage, cut into items that workers take.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <vector>
+
+#include "executor/row_range.h"
+#include "executor/token_groups.h"
+
+namespace kt {
+
+// Rows and tokens of one item, at most. Its float32 results, gate's and up's, are then 512 KiB: together with the
+// activations of one part of K they stay in an L2 of 2 MiB.
+inline constexpr int kMaxItemRows = 256;
+inline constexpr int kMaxItemTokens = 256;
+
+// Some rows of one expert, for some of its tokens.
+struct WorkItem {
+  int slice;  // of the weights
+  int group;  // of the tokens
+  int first_row, num_rows;
+  int first_token, num_tokens;  // first_token: from the group's first slot; a multiple of kTileTokens
+};
+
+// Rows of an item: a multiple of the granule of the expert's path, but the last rows of all, up to max_vector_rows or
+// kMaxItemRows. Slices begin at multiples of both granules.
+struct ItemLimits {
+  int vector_granule;
+  int max_vector_rows;  // a multiple of vector_granule
+  int tile_granule;
+};
+
+// One list a slice, i.e. a group of workers near the same memory. fill() is for one thread while nobody takes.
+class WorkQueue {
+ public:
+  explicit WorkQueue(int num_slices) : lists_(num_slices) {}
+
+  void reserve(int num_groups);
+
+  // rows: of each slice; workers: near each slice. Experts with many tokens come first, and items become smaller
+  // towards the end, so that all workers end at about the same time. Allocates nothing.
+  void fill(const TokenGroups& groups, const std::vector<RowRange>& rows, const std::vector<int>& workers,
+            const ItemLimits& limits);
+
+  // Any worker; `home` is the slice near it. Its own items first, then those of others: a remote read beats idling.
+  // False: none is left.
+  bool take(int home, WorkItem* item);
+
+ private:
+  struct Part {  // the items of one expert: [chunks of rows][blocks of tokens]
+    int64_t first_item;
+    int group;
+    int chunk_rows;
+    int block_tokens;
+    int num_blocks;
+  };
+  struct alignas(64) List {
+    std::atomic<int64_t> next{0};
+    alignas(64) int64_t num_items = 0;
+    int num_parts = 0;
+    RowRange rows;
+    std::vector<Part> parts;
+  };
+
+  void fill_list(List& list, const TokenGroups& groups, int num_workers, const ItemLimits& limits);
+
+  std::vector<List> lists_;
+  const TokenGroups* groups_ = nullptr;
+};
+
+}  // namespace kt

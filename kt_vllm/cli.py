@@ -1,4 +1,7 @@
-"""`kt-vllm serve|bench|...`: the `vllm` command, also where the CPU wheel's own one does not start."""
+"""`kt-vllm serve|bench|...`: the `vllm` command, also where the CPU wheel's own one does not start.
+
+`kt-vllm bench layer` is ours alone, and needs no vLLM.
+"""
 
 import sys
 
@@ -8,6 +11,11 @@ def main() -> None:
         from kt_vllm import __version__
 
         print(__version__)
+        return
+    if sys.argv[1:3] == ["bench", "layer"]:
+        from kt_vllm.bench.cli import main as bench_layer
+
+        bench_layer(sys.argv[3:])
         return
     from kt_vllm.compat import name_vllm_distribution
 

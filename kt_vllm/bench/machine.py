@@ -68,6 +68,11 @@ class Limits:
         kinds = [kind for kind in self.peaks if kind.endswith("_int8")]
         return max(kinds, key=self.peaks.__getitem__) if kinds else None
 
+    def better(self, other: "Limits") -> "Limits":
+        """The higher of each: virtual machines have good and bad moments, and what they reached once they can do."""
+        peaks = {kind: max(peak, other.peaks[kind]) for kind, peak in self.peaks.items()}
+        return Limits(max(self.dram, other.dram), self.dram_bytes, peaks)
+
     def roof_seconds(self, nbytes: float, operations: float) -> float:
         """The least time for reading nbytes and computing so many operations in int8."""
         arithmetic = operations / self.peaks[self.int8_kind] if self.int8_kind else 0.0
@@ -83,11 +88,7 @@ def dram_buffer_bytes(asked: int, num_threads: int) -> int:
     return max(min(wanted, available_bytes() // 4), num_threads * _MIB)
 
 
-def measure_dram(cpus: list[int], nbytes: int, seconds: float) -> float:
-    return _native.measure_dram_read(cpus, nbytes, seconds)
-
-
 def measure_limits(cpus: list[int], nbytes: int, seconds: float) -> Limits:
     """With a thread on each of cpus."""
     peaks = {kind: _native.measure_peak(kind, cpus, seconds) for kind in _native.peak_kinds()}
-    return Limits(measure_dram(cpus, nbytes, seconds), nbytes, peaks)
+    return Limits(_native.measure_dram_read(cpus, nbytes, seconds), nbytes, peaks)

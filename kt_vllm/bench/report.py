@@ -14,6 +14,7 @@ from kt_vllm.bench.machine import Limits, cache_bytes, cpu_model
 from kt_vllm.bench.settings import LayerBench
 
 JSON_VERSION = 1
+_QUIET = 0.8  # of the better of two measurements; what is below is more than the spread of a quiet virtual machine
 _COLUMNS = ("tokens", "calls", "ms", "min ms", "experts", "GB/s", "TFLOP/s", "roof ms", "of", "x roof", "error")
 
 
@@ -85,7 +86,7 @@ def print_header(console: Console, report: dict[str, Any]) -> None:
     types = layer["types"][0] if len(set(layer["types"])) == 1 else "/".join(layer["types"])
     gigabytes = layer["expert_bytes"] * layer["experts"] / 1e9
     peaks = ", ".join(f"{kind} {peak / 1e12:.2f}" for kind, peak in limits["peaks"].items())
-    dram = " and ".join(f"{rate:.1f}" for rate in limits["dram_measured"])
+    before, after = limits["before"], limits["after"]
     shape = f"hidden {layer['hidden']}, intermediate {layer['intermediate']}, {layer['experts']} experts"
     loading = f"{load['gb_per_s']:.1f} GB/s, all threads; one thread reads the file from page cache at"
     lines = [
@@ -93,11 +94,19 @@ def print_header(console: Console, report: dict[str, Any]) -> None:
         ("CPU", report["cpu"]),
         ("threads", f"{report['threads']}; {report['placement']}"),
         ("kernels", report["isa_reason"]),
-        ("DRAM read", f"{limits['dram']:.1f} GB/s with these threads (before and after the calls: {dram})"),
-        ("peaks, TOPS", peaks or "none measured"),
+        (
+            "DRAM read",
+            f"{limits['dram']:.1f} GB/s with these threads ({before['dram']:.1f} before, {after['dram']:.1f} after the calls)",
+        ),
+        ("peaks, TOPS", f"{peaks} (the better of before and after)" if peaks else "none measured"),
         ("load", f"{loading} {load['page_cache_gb_per_s']:.1f} GB/s"),
         ("huge pages", f"{min(1.0, load['huge_page_bytes'] / load['bytes']):.0%} of the weights"),
     ]
+    pairs = [(before["dram"], after["dram"])]
+    if kind := limits["int8_kind"]:
+        pairs.append((before["peaks"][kind], after["peaks"][kind]))
+    if any(min(pair) < _QUIET * max(pair) for pair in pairs):
+        lines.append(("note", "the limits before and after the calls differ: something else was using this machine"))
     if report["neighbour"] is not None:
         lines.append(("neighbour", f"something else kept CPU {report['neighbour']} busy during the calls"))
     if gigabytes * 1e9 < 2 * report["cache_bytes"]:

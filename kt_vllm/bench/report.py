@@ -87,6 +87,7 @@ def print_header(console: Console, report: dict[str, Any]) -> None:
     gigabytes = layer["expert_bytes"] * layer["experts"] / 1e9
     peaks = ", ".join(f"{kind} {peak / 1e12:.2f}" for kind, peak in limits["peaks"].items())
     before, after = limits["before"], limits["after"]
+    dram = f"{before['dram']:.1f} before, {after['dram']:.1f} after the calls"
     shape = f"hidden {layer['hidden']}, intermediate {layer['intermediate']}, {layer['experts']} experts"
     loading = f"{load['gb_per_s']:.1f} GB/s, all threads; one thread reads the file from page cache at"
     lines = [
@@ -94,10 +95,7 @@ def print_header(console: Console, report: dict[str, Any]) -> None:
         ("CPU", report["cpu"]),
         ("threads", f"{report['threads']}; {report['placement']}"),
         ("kernels", report["isa_reason"]),
-        (
-            "DRAM read",
-            f"{limits['dram']:.1f} GB/s with these threads ({before['dram']:.1f} before, {after['dram']:.1f} after the calls)",
-        ),
+        ("DRAM read", f"{limits['dram']:.1f} GB/s with these threads ({dram})"),
         ("peaks, TOPS", f"{peaks} (the better of before and after)" if peaks else "none measured"),
         ("load", f"{loading} {load['page_cache_gb_per_s']:.1f} GB/s"),
         ("huge pages", f"{min(1.0, load['huge_page_bytes'] / load['bytes']):.0%} of the weights"),

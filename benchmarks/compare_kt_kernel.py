@@ -341,6 +341,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that its files in memory go away
     try:
         main()
     except (KTError, _native.NativeError, OSError) as error:

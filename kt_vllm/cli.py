@@ -3,6 +3,7 @@
 `kt-vllm bench layer` is ours alone, and needs no vLLM.
 """
 
+import signal
 import sys
 
 
@@ -15,6 +16,7 @@ def main() -> None:
     if sys.argv[1:3] == ["bench", "layer"]:
         from kt_vllm.bench.cli import main as bench_layer
 
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that its files in memory go away
         bench_layer(sys.argv[3:])
         return
     from kt_vllm.compat import name_vllm_distribution

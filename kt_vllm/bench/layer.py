@@ -220,11 +220,11 @@ def relative_error(actual: NDArray, expected: NDArray) -> float:
 
 @contextmanager
 def busy_neighbour(cpu: int | None) -> Iterator[None]:
-    """A process that computes on `cpu` all the while."""
+    """A process that is busy on `cpu` all the while, and ends with this one however that ends."""
     if cpu is None:
         yield
         return
-    code = f"import os\nos.sched_setaffinity(0, {{{cpu}}})\nwhile True: pass"
+    code = f"import os\nos.sched_setaffinity(0, {{{cpu}}})\nwhile os.getppid() == {os.getpid()}: pass"
     process = subprocess.Popen([sys.executable, "-S", "-c", code])
     try:
         yield

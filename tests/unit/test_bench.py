@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import gguf
@@ -86,6 +88,26 @@ def test_the_error_is_the_kernels_own(report: dict) -> None:
     limit = max_layer_error(report["isa"], tuple(report["layer"]["types"]), "bfloat16")
     for row in report["tokens"]:
         assert 0 < row["error"] < limit
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "kt_vllm.cli", "bench", "layer", *TINY, *SHORT, "--tokens", "1", "--seconds", "60"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+
+    def folders() -> set[Path]:
+        return {path for place in (Path("/dev/shm"), tmp_path) for path in place.glob("kt-bench-*")}
+
+    before = folders()
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment)
+    deadline = time.monotonic() + 60
+    while not (made := folders() - before):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(number)
+    assert process.wait(30) == 130
+    assert process.stderr.read() == ""
+    assert not any(path.exists() for path in made)
 
 
 def test_a_wrong_result_shows_in_the_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@
 #include "gguf/ggml_type.h"
 #include "kernels/cpu_features.h"
 #include "kernels/dispatch.h"
+#include "limits/limits.h"
 
 namespace py = pybind11;
 using py::literals::operator""_a;
@@ -172,4 +173,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("supported_types", &supported_types, "isa"_a);
   m.def("type_sizes", &type_sizes);
   m.def("dequantize", &dequantize, "type"_a, "data"_a);
+
+  m.def("peak_kinds", &kt::peak_kinds);
+  m.def("measure_peak", &kt::measure_peak, "kind"_a, "cpus"_a, "seconds"_a, Unlocked());
+  m.def("measure_dram_read", &kt::measure_dram_read, "cpus"_a, "bytes"_a, "seconds"_a, Unlocked());
 }

@@ -18,6 +18,7 @@ The files in the order a request meets them:
     layer       RoutedExperts: submit, shared experts, wait
     executor    tensors to addresses
     _native     the C++ core (csrc/)
+    bench/      `kt-vllm bench layer`
 
 Importing this package needs neither vLLM nor torch.
 """

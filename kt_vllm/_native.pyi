@@ -71,3 +71,12 @@ def type_sizes() -> dict[str, tuple[int, int]]:
 
 def dequantize(type: str, data: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Blocks of one type (1-D bytes) to float32 [num_weights], bit for bit as gguf.quants.dequantize."""
+
+def peak_kinds() -> list[str]:
+    """What measure_peak() can measure on this CPU; fastest first among those that end alike (_int8, _bf16, _fp32)."""
+
+def measure_peak(kind: str, cpus: list[int], seconds: float) -> float:
+    """Operations a second of one thread on each of cpus, all at once, operands in registers. Releases the GIL."""
+
+def measure_dram_read(cpus: list[int], bytes: int, seconds: float) -> float:
+    """GB/s that one thread on each of cpus read together from `bytes` of memory. Releases the GIL."""

@@ -80,6 +80,15 @@ void check_seconds(double seconds) {
   KT_CHECK(seconds > 0 && seconds <= 3600, "seconds is ", seconds, ", expected more than 0 and at most 3600");
 }
 
+// Every worker counts: one that lost its CPU for a while is part of what is measured.
+constexpr ParkPolicy kNeverPark = {.late_ns = INT64_MAX};
+
+std::vector<WorkerPlace> places_of(const std::vector<int>& cpus) {
+  std::vector<WorkerPlace> places;
+  for (int cpu : cpus) places.push_back({cpu, -1});
+  return places;
+}
+
 }  // namespace
 
 double measure_dram_read(const std::vector<int>& cpus, size_t bytes, double seconds) {
@@ -88,7 +97,7 @@ double measure_dram_read(const std::vector<int>& cpus, size_t bytes, double seco
   KT_CHECK(num_chunks >= num_workers, "bytes is ", bytes, ", expected at least 1 MiB for each of the ", num_workers,
            " threads, and much more than the caches hold");
   const uint32_t features = detect_cpu_features();
-  ThreadPool pool(cpus);
+  ThreadPool pool(places_of(cpus), kNeverPark);
   const NodeMemory memory(num_chunks * kChunk, "the bandwidth measurement");
   FirstTouch touch(memory.data(), num_chunks, static_cast<int>(num_workers));
   pool.start(&touch, 0);
@@ -126,7 +135,7 @@ double measure_peak(const std::string& kind, const std::vector<int>& cpus, doubl
   const uint32_t missing = loop->required_features & ~detect_cpu_features();
   KT_CHECK(missing == 0, "the peak of \"", kind, "\" needs ", cpu_feature_names(missing),
            ", which this CPU or its operating system lacks; choose one that peak_kinds() lists");
-  ThreadPool pool(cpus);  // after detect_cpu_features(): its threads inherit the permission to use tiles
+  ThreadPool pool(places_of(cpus), kNeverPark);  // after detect_cpu_features(): its threads inherit the permission to use tiles
   Bursts bursts(pool.num_workers(), seconds / kBursts, [&](int) {
     for (int i = 0; i < kCountEvery; ++i) loop->run(kRoundsPerLoop);
     return loop->ops_per_round * kRoundsPerLoop * kCountEvery;

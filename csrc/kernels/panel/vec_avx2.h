@@ -60,6 +60,36 @@ inline Ints gather_32(const void* base, Ints index) {
   return _mm256_i32gather_epi32(static_cast<const int*>(base), index, 4);
 }
 
+struct IntPair {
+  Ints low, high;
+};
+
+inline Ints four_words(const uint64_t* base, uint32_t i0, uint32_t i1, uint32_t i2, uint32_t i3) {
+  const Ints a = _mm256_set1_epi64x(static_cast<int64_t>(base[i0]));
+  const Ints b = _mm256_set1_epi64x(static_cast<int64_t>(base[i1]));
+  const Ints c = _mm256_set1_epi64x(static_cast<int64_t>(base[i2]));
+  const Ints d = _mm256_set1_epi64x(static_cast<int64_t>(base[i3]));
+  return _mm256_blend_epi32(_mm256_blend_epi32(a, b, 0x0c), _mm256_blend_epi32(c, d, 0xc0), 0xf0);
+}
+
+// Eight loads, as many processors gather slowly. Rows stand so that shuffling within 128 bits brings them in order.
+inline IntPair gather_64(const void* base, Ints index) {
+  const auto* words = static_cast<const uint64_t*>(base);
+  alignas(32) uint32_t i[8];
+  store(i, index);
+  const __m256 a = _mm256_castsi256_ps(four_words(words, i[0], i[1], i[4], i[5]));
+  const __m256 b = _mm256_castsi256_ps(four_words(words, i[2], i[3], i[6], i[7]));
+  return {_mm256_castps_si256(_mm256_shuffle_ps(a, b, 0x88)), _mm256_castps_si256(_mm256_shuffle_ps(a, b, 0xdd))};
+}
+inline Ints spread_byte_0(Ints v) {
+  const __m128i from = _mm_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c);
+  return _mm256_shuffle_epi8(v, _mm256_broadcastsi128_si256(from));
+}
+inline Ints add_or_sub_bytes(Ints a, Ints b, Ints bits, Ints mask) {  // mask: a single bit in each byte
+  const Ints sub = _mm256_cmpeq_epi8(_mm256_and_si256(bits, mask), mask);
+  return _mm256_add_epi8(_mm256_xor_si256(b, sub), _mm256_sub_epi8(a, sub));  // -b is ~b + 1
+}
+
 inline Floats load_floats(const float* p) { return _mm256_loadu_ps(p); }
 inline void store_floats(float* p, Floats v) { _mm256_storeu_ps(p, v); }
 inline Floats zero_floats() { return _mm256_setzero_ps(); }
@@ -69,6 +99,9 @@ inline Floats as_floats(Ints v) { return _mm256_castsi256_ps(v); }
 inline Ints as_ints(Floats v) { return _mm256_castps_si256(v); }
 inline Floats load_f16(const uint8_t* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline Floats f16_to_floats(Ints v) {
+  return _mm256_cvtph_ps(_mm_packus_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1)));
 }
 inline Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
 inline Floats multiply(Floats a, Floats b) { return _mm256_mul_ps(a, b); }

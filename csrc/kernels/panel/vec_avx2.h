@@ -64,21 +64,21 @@ struct IntPair {
   Ints low, high;
 };
 
-inline Ints four_words(const uint64_t* base, uint32_t i0, uint32_t i1, uint32_t i2, uint32_t i3) {
-  const Ints a = _mm256_set1_epi64x(static_cast<int64_t>(base[i0]));
-  const Ints b = _mm256_set1_epi64x(static_cast<int64_t>(base[i1]));
-  const Ints c = _mm256_set1_epi64x(static_cast<int64_t>(base[i2]));
-  const Ints d = _mm256_set1_epi64x(static_cast<int64_t>(base[i3]));
-  return _mm256_blend_epi32(_mm256_blend_epi32(a, b, 0x0c), _mm256_blend_epi32(c, d, 0xc0), 0xf0);
+inline __m128i two_words(const uint64_t* first, const uint64_t* second) {
+  const __m128i low = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(first));
+  return _mm_castps_si128(_mm_loadh_pi(_mm_castsi128_ps(low), reinterpret_cast<const __m64*>(second)));
 }
 
-// Eight loads, as many processors gather slowly. Rows stand so that shuffling within 128 bits brings them in order.
+// Loads of single words: several kinds of processors gather more slowly than that. Rows 0, 1, 4, 5 and 2, 3, 6, 7 go
+// together, so that the last shuffles, which work within 128 bits, leave all in order.
 inline IntPair gather_64(const void* base, Ints index) {
   const auto* words = static_cast<const uint64_t*>(base);
   alignas(32) uint32_t i[8];
   store(i, index);
-  const __m256 a = _mm256_castsi256_ps(four_words(words, i[0], i[1], i[4], i[5]));
-  const __m256 b = _mm256_castsi256_ps(four_words(words, i[2], i[3], i[6], i[7]));
+  const __m256 a = _mm256_castsi256_ps(
+      _mm256_set_m128i(two_words(words + i[4], words + i[5]), two_words(words + i[0], words + i[1])));
+  const __m256 b = _mm256_castsi256_ps(
+      _mm256_set_m128i(two_words(words + i[6], words + i[7]), two_words(words + i[2], words + i[3])));
   return {_mm256_castps_si256(_mm256_shuffle_ps(a, b, 0x88)), _mm256_castps_si256(_mm256_shuffle_ps(a, b, 0xdd))};
 }
 inline Ints spread_byte_0(Ints v) {

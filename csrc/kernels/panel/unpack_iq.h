@@ -3,8 +3,8 @@
 // Codebook words become vectors by gather_64() and gather_32(); their bytes stand in weight order already. No index can
 // leave its codebook: it is masked, or has no more bits than the codebook takes.
 //
-// IQ2 and IQ3: code = largest magnitude +- magnitude. That is the least offset without negative codes, so the mins
-// cancel least. IQ1: see there.
+// Codes are symmetric about an offset, the largest value of the type: with the least offset that leaves none negative
+// the mins cancel least, and all fit 7 bits.
 #pragma once
 
 #include "gguf/iq_grids.h"
@@ -53,8 +53,8 @@ inline void store_signed_octet(Codes& codes, int octet, int h, IntPair magnitude
 constexpr int kOffsetIQ2 = 43, kOffsetIQ3_XXS = 62, kOffsetIQ3_S = 15;
 
 struct UnpackIQ2_XXS {
-  static constexpr int kBlock = 256, kBlockBytes = 66, kGroup = 32, kMaxCode = 2 * kOffsetIQ2;
-  static constexpr bool kSigned = false;
+  static constexpr int kBlock = 256, kBlockBytes = 66, kGroup = 32, kMaxCode = 2 * kOffsetIQ2, kCenter = kOffsetIQ2;
+  static constexpr bool kSigned = false, kHasMin = false;
 
   static inline void unpack(const uint8_t* block, Codes& codes, int) {
     for (int h = 0; h < kHalves; ++h) {
@@ -86,8 +86,8 @@ inline void store_scales_iq2(Codes& codes, const uint8_t* block, int offset, Flo
 }
 
 struct UnpackIQ2_XS {
-  static constexpr int kBlock = 256, kBlockBytes = 74, kGroup = 16, kMaxCode = 2 * kOffsetIQ2;
-  static constexpr bool kSigned = false;
+  static constexpr int kBlock = 256, kBlockBytes = 74, kGroup = 16, kMaxCode = 2 * kOffsetIQ2, kCenter = kOffsetIQ2;
+  static constexpr bool kSigned = false, kHasMin = false;
 
   static inline void unpack(const uint8_t* block, Codes& codes, int) {
     const Ints low_9 = splat(511);
@@ -106,8 +106,8 @@ struct UnpackIQ2_XS {
 };
 
 struct UnpackIQ2_S {
-  static constexpr int kBlock = 256, kBlockBytes = 82, kGroup = 16, kMaxCode = 2 * kOffsetIQ2;
-  static constexpr bool kSigned = false;
+  static constexpr int kBlock = 256, kBlockBytes = 82, kGroup = 16, kMaxCode = 2 * kOffsetIQ2, kCenter = kOffsetIQ2;
+  static constexpr bool kSigned = false, kHasMin = false;
 
   static inline void unpack(const uint8_t* block, Codes& codes, int) {
     for (int h = 0; h < kHalves; ++h) {
@@ -130,8 +130,9 @@ struct UnpackIQ2_S {
 };
 
 struct UnpackIQ3_XXS {
-  static constexpr int kBlock = 256, kBlockBytes = 98, kGroup = 32, kMaxCode = 2 * kOffsetIQ3_XXS;
-  static constexpr bool kSigned = false;
+  static constexpr int kBlock = 256, kBlockBytes = 98, kGroup = 32, kMaxCode = 2 * kOffsetIQ3_XXS,
+                       kCenter = kOffsetIQ3_XXS;
+  static constexpr bool kSigned = false, kHasMin = false;
 
   static inline void unpack(const uint8_t* block, Codes& codes, int) {
     for (int h = 0; h < kHalves; ++h) {
@@ -156,8 +157,9 @@ struct UnpackIQ3_XXS {
 };
 
 struct UnpackIQ3_S {
-  static constexpr int kBlock = 256, kBlockBytes = 110, kGroup = 32, kMaxCode = 2 * kOffsetIQ3_S;
-  static constexpr bool kSigned = false;
+  static constexpr int kBlock = 256, kBlockBytes = 110, kGroup = 32, kMaxCode = 2 * kOffsetIQ3_S,
+                       kCenter = kOffsetIQ3_S;
+  static constexpr bool kSigned = false, kHasMin = false;
 
   static inline void unpack(const uint8_t* block, Codes& codes, int) {
     const Ints low_8 = splat(255), bit_8 = splat(256);
@@ -187,64 +189,55 @@ struct UnpackIQ3_S {
   }
 };
 
-// w = scale * (v +- 1/8), v = -1, 0 or 1. The sign of the 1/8 is of the whole group, so it goes into the min, and the
-// code is v + 1.
-struct UnpackIQ1_S {
-  static constexpr int kBlock = 256, kBlockBytes = 50, kGroup = 32, kMaxCode = 2;
-  static constexpr bool kSigned = false;
+// IQ1: w = scale * (v +- 1/8), v = -1, 0 or 1, becomes scale / 8 * (code - 9): code = 8 (v + 1), and 2 more for + 1/8.
+// So it makes no difference to what follows that IQ1_M has a sign for each octet.
+constexpr int kOffsetIQ1 = 9;
 
-  static inline void store_group_codes(Codes& codes, int g, int h, Floats d, Ints q, Ints high) {
-    // 1 - 1/8 where the sign bit is clear, else 1 + 1/8: the bit is worth 1/4 = 2^-17 * 2^15.
-    const Floats offset =
-        multiply_add(to_floats(bit_and(high, splat(0x8000))), splat_float(0x1p-17f), splat_float(0.875f));
-    store_group(codes, g, h, odd_scale(d, bit_and(shift_right<12>(high), splat(7))), offset);
-    Ints upper = shift_left<8>(high);
+// The codes of an octet. high: bits 0 to 2 of each lane are the upper bits of the index, low_8 its lowest 8 bits.
+// plus: 0x02020202 in the rows where 1/8 is added.
+inline void store_iq1_octet(Codes& codes, int octet, int h, Ints low_8, Ints high, Ints plus) {
+  const Ints one = splat(0x01010101);
+  const IntPair v = gather_64(iq1s_grid, bit_or(low_8, shift_left<8>(bit_and(high, splat(7)))));
+  store(codes.quads[2 * octet][h * kLanes], bit_or(shift_left<3>(add_bytes(v.low, one)), plus));
+  store(codes.quads[2 * octet + 1][h * kLanes], bit_or(shift_left<3>(add_bytes(v.high, one)), plus));
+}
+
+// 0x02020202 where the lane's highest bit, of a minus, is clear
+inline Ints iq1_plus(Ints minus) {
+  return bit_and(shift_right_signed<31>(bit_xor(minus, splat(0x80000000))), splat(0x02020202));
+}
+
+struct UnpackIQ1_S {
+  static constexpr int kBlock = 256, kBlockBytes = 50, kGroup = 32, kMaxCode = 2 * kOffsetIQ1, kCenter = kOffsetIQ1;
+  static constexpr bool kSigned = false, kHasMin = false;
+
+  // high: the group's 16 bits in the upper half of each lane
+  static inline void unpack_group(Codes& codes, int g, int h, Floats eighth, Ints q, Ints high) {
+    store_group(codes, g, h, odd_scale(eighth, bit_and(shift_right<28>(high), splat(7))), splat_float(kOffsetIQ1));
+    const Ints plus = iq1_plus(high);
+    high = shift_right<16>(high);
     for (int j = 0; j < 4; ++j) {
-      const IntPair v = gather_64(iq1s_grid, bit_or(bit_and(q, splat(255)), bit_and(upper, splat(0x700))));
-      store(codes.quads[8 * g + 2 * j][h * kLanes], add_bytes(v.low, splat(0x01010101)));
-      store(codes.quads[8 * g + 2 * j + 1][h * kLanes], add_bytes(v.high, splat(0x01010101)));
+      store_iq1_octet(codes, 4 * g + j, h, bit_and(q, splat(255)), high, plus);
       q = shift_right<8>(q);
-      upper = shift_right<3>(upper);
+      high = shift_right<3>(high);
     }
   }
 
   static inline void unpack(const uint8_t* block, Codes& codes, int) {
     for (int h = 0; h < kHalves; ++h) {
-      const Floats d = load_f16(unit<2>(block, 0, 0, h));
+      const Floats eighth = multiply(load_f16(unit<2>(block, 0, 0, h)), splat_float(0.125f));
       for (int i = 0; i < 4; ++i) {
-        const Ints high = load(unit(block, 34, i, h));  // 16 bits a group
-        store_group_codes(codes, 2 * i, h, d, load(unit(block, 2, 2 * i, h)), high);
-        store_group_codes(codes, 2 * i + 1, h, d, load(unit(block, 2, 2 * i + 1, h)), shift_right<16>(high));
+        const Ints high = load(unit(block, 34, i, h));
+        unpack_group(codes, 2 * i, h, eighth, load(unit(block, 2, 2 * i, h)), shift_left<16>(high));
+        unpack_group(codes, 2 * i + 1, h, eighth, load(unit(block, 2, 2 * i + 1, h)), high);
       }
     }
   }
 };
 
-// As IQ1_S, but every octet has its own sign of the 1/8, so it goes into the codes: 8 (v + 1), and 2 more where it is
-// plus; w = scale / 8 * (code - 9).
 struct UnpackIQ1_M {
-  static constexpr int kBlock = 256, kBlockBytes = 56, kGroup = 16, kMaxCode = 18;
-  static constexpr bool kSigned = false;
-
-  static inline void unpack(const uint8_t* block, Codes& codes, int) {
-    for (int h = 0; h < kHalves; ++h) {
-      const Ints words[2] = {load(unit(block, 48, 0, h)), load(unit(block, 48, 1, h))};
-      store_scales(codes, words, h);
-      for (int i = 0; i < 4; ++i) {
-        Ints high = load(unit(block, 32, i, h));  // a nibble an octet
-        for (int g = 2 * i; g < 2 * i + 2; ++g) {
-          Ints q = load(unit(block, 0, g, h));
-          for (int j = 0; j < 4; ++j) {
-            const Ints index = bit_or(bit_and(q, splat(255)), bit_and(shift_left<8>(high), splat(0x700)));
-            const IntPair v = gather_64(iq1s_grid, index);
-            store_octet(codes, 4 * g + j, h, v, high);
-            q = shift_right<8>(q);
-            high = shift_right<4>(high);
-          }
-        }
-      }
-    }
-  }
+  static constexpr int kBlock = 256, kBlockBytes = 56, kGroup = 16, kMaxCode = 2 * kOffsetIQ1, kCenter = kOffsetIQ1;
+  static constexpr bool kSigned = false, kHasMin = false;
 
   // words: 4 x 16 bits of each row: 4 x 3 bits of scales, then 4 bits of d.
   static inline void store_scales(Codes& codes, const Ints (&words)[2], int h) {
@@ -256,19 +249,28 @@ struct UnpackIQ1_M {
     for (int i = 0; i < 4; ++i) {
       Ints bits = i % 2 == 0 ? words[i / 2] : shift_right<16>(words[i / 2]);
       for (int j = 0; j < 4; ++j) {
-        store_group(codes, 4 * i + j, h, odd_scale(eighth, bit_and(bits, splat(7))), splat_float(9));
+        store_group(codes, 4 * i + j, h, odd_scale(eighth, bit_and(bits, splat(7))), splat_float(kOffsetIQ1));
         bits = shift_right<3>(bits);
       }
     }
   }
 
-  // high: bit 3 is set where the 1/8 is taken away
-  static inline void store_octet(Codes& codes, int octet, int h, IntPair v, Ints high) {
-    const Ints one = splat(0x01010101);
-    // 0x02020202 where the bit is clear
-    const Ints plus = bit_and(shift_right_signed<31>(shift_left<28>(bit_xor(high, splat(8)))), splat(0x02020202));
-    store(codes.quads[2 * octet][h * kLanes], bit_or(shift_left<3>(add_bytes(v.low, one)), plus));
-    store(codes.quads[2 * octet + 1][h * kLanes], bit_or(shift_left<3>(add_bytes(v.high, one)), plus));
+  static inline void unpack(const uint8_t* block, Codes& codes, int) {
+    for (int h = 0; h < kHalves; ++h) {
+      const Ints words[2] = {load(unit(block, 48, 0, h)), load(unit(block, 48, 1, h))};
+      store_scales(codes, words, h);
+      for (int i = 0; i < 4; ++i) {
+        Ints high = load(unit(block, 32, i, h));  // a nibble an octet
+        for (int g = 2 * i; g < 2 * i + 2; ++g) {
+          Ints q = load(unit(block, 0, g, h));
+          for (int j = 0; j < 4; ++j) {
+            store_iq1_octet(codes, 4 * g + j, h, bit_and(q, splat(255)), high, iq1_plus(shift_left<28>(high)));
+            q = shift_right<8>(q);
+            high = shift_right<4>(high);
+          }
+        }
+      }
+    }
   }
 };
 

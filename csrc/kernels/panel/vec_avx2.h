@@ -64,21 +64,23 @@ struct IntPair {
   Ints low, high;
 };
 
-inline __m128i two_words(const uint64_t* first, const uint64_t* second) {
-  const __m128i low = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(first));
-  return _mm_castps_si128(_mm_loadh_pi(_mm_castsi128_ps(low), reinterpret_cast<const __m64*>(second)));
+// words[lower half of indices] and words[upper half]
+inline __m128i two_words(const uint64_t* words, int64_t indices) {
+  const auto* first = words + static_cast<uint32_t>(indices);
+  const auto* second = words + (static_cast<uint64_t>(indices) >> 32);
+  const __m128 low = _mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(first)));
+  return _mm_castps_si128(_mm_loadh_pi(low, reinterpret_cast<const __m64*>(second)));
 }
 
-// Loads of single words: several kinds of processors gather more slowly than that. Rows 0, 1, 4, 5 and 2, 3, 6, 7 go
+// Eight loads, as the gathers of several kinds of processors are slower than that. Rows 0, 1, 4, 5 and 2, 3, 6, 7 go
 // together, so that the last shuffles, which work within 128 bits, leave all in order.
 inline IntPair gather_64(const void* base, Ints index) {
   const auto* words = static_cast<const uint64_t*>(base);
-  alignas(32) uint32_t i[8];
-  store(i, index);
+  const __m128i low = _mm256_castsi256_si128(index), high = _mm256_extracti128_si256(index, 1);
   const __m256 a = _mm256_castsi256_ps(
-      _mm256_set_m128i(two_words(words + i[4], words + i[5]), two_words(words + i[0], words + i[1])));
+      _mm256_set_m128i(two_words(words, _mm_cvtsi128_si64(high)), two_words(words, _mm_cvtsi128_si64(low))));
   const __m256 b = _mm256_castsi256_ps(
-      _mm256_set_m128i(two_words(words + i[6], words + i[7]), two_words(words + i[2], words + i[3])));
+      _mm256_set_m128i(two_words(words, _mm_extract_epi64(high, 1)), two_words(words, _mm_extract_epi64(low, 1))));
   return {_mm256_castps_si256(_mm256_shuffle_ps(a, b, 0x88)), _mm256_castps_si256(_mm256_shuffle_ps(a, b, 0xdd))};
 }
 inline Ints spread_byte_0(Ints v) {

@@ -38,26 +38,28 @@ struct GemmParams {
   int k;  // multiple of the type's block size
 };
 
-// The tile kernels: bfloat16 activations in tiles, best from TypeKernels::tile_min_tokens tokens on.
-//
-// Activations of the tokens of an expert stand in tiles of 16 tokens x 32 k, each 1 KiB and contiguous:
-// [ceil(num_tokens / 16)][K / 32][16][32] bfloat16. Rows past num_tokens may hold anything.
+// How tile kernels want activations: tokens of one expert in groups of 16, in memory only the table understands.
+enum class TileFormat : int32_t { BF16, INT8 };
+
+inline constexpr int kTileTokens = 16;    // tokens of a group
+inline constexpr int kTileGranule = 128;  // activations are stored, and K is cut, at multiples of it
+
+// The tile kernels, best from TypeKernels::tile_min_tokens tokens on.
 struct TileGemmParams {
-  const uint8_t* weights;         // panels of 16 rows, at the first k of this call
-  size_t panel_bytes;             // from one panel to the next
-  const uint8_t* activations;     // the first tile, at the first k of this call; 64-byte aligned
-  size_t activation_tile_stride;  // bytes from 16 tokens to the next 16
-  float* output;                  // [num_tokens, output_stride]; exactly [num_tokens, num_rows] is written
-  size_t output_stride;           // >= num_rows
-  bool accumulate;                // adds to output instead of overwriting it: for a K computed in parts
+  const uint8_t* weights;      // panels of 16 rows
+  size_t panel_bytes;          // from one panel to the next
+  const uint8_t* activations;  // [ceil(num_tokens / 16)] groups, each written by store_tile_row for all of `k`
+  size_t group_bytes;          // from one group to the next: KernelTable::tile_group_bytes
+  float* output;               // [num_tokens, output_stride]; exactly [num_tokens, num_rows] is written
+  size_t output_stride;        // >= num_rows
+  bool accumulate;             // adds to output instead of overwriting it: for a K computed in parts
+  bool precise;                // int8 activations in 15 bits instead of 8: for long-tailed ones
   int num_rows;
   int num_tokens;  // at least 1
-  int k;           // of this call; a multiple of 32 and of the type's block size
+  int k;           // of a whole row; a multiple of 32 and of the type's block size
+  int k_begin;     // this call computes [k_begin, k_end): multiples of kTileGranule and of the type's block size,
+  int k_end;       // but the last may be k
 };
-
-inline constexpr int kTileTokens = 16;
-inline constexpr int kTileK = 32;
-inline constexpr size_t kTileBytes = 1024;
 
 // The kernels for weights of one GGML type.
 struct TypeKernels {
@@ -71,6 +73,7 @@ struct TypeKernels {
   void (*gemm)(const GemmParams& params);
   int panel_rows = 1;  // 1: weights as in the GGUF file; kPanelRows: repacked by kernels/panel.h
   void (*tile_gemm)(const TileGemmParams& params) = nullptr;  // nullptr: none
+  TileFormat tile_format = TileFormat::BF16;
   int tile_min_tokens = 0;  // an expert with at least so many tokens is faster by tile_gemm (measured)
 };
 
@@ -88,9 +91,12 @@ struct KernelTable {
   void (*store_floats)(const float* src, FloatType type, void* dst, int n);
   // What sets it apart from other tables of the same isa, for the log: "VNNI"; "" when nothing does.
   const char* variant = "";
-  // x: [k], k a multiple of 32 -> one token's row of activation tiles: 32 bfloat16 (64 bytes) at tiles + i * kTileBytes
-  // for each i < k / 32. nullptr in tables without tile_gemm.
-  void (*store_tile_row)(const float* x, uint8_t* tiles, int k) = nullptr;
+  // Bytes of a group of 16 tokens with k activations each, a multiple of 64. nullptr in tables without tile_gemm.
+  size_t (*tile_group_bytes)(TileFormat format, int k) = nullptr;
+  // x: [n], the activations [k_begin, k_begin + n) of k of a token, 0 to 15 in its group. k_begin is a multiple of
+  // kTileGranule, n too unless k_begin + n == k. group: 64-byte aligned. A NaN or infinity makes its granule NaN.
+  void (*store_tile_row)(TileFormat format, const float* x, int k_begin, int n, int k, int token,
+                         uint8_t* group) = nullptr;
 };
 
 // The kernels of `table` for `type`; nullptr when the table has none.

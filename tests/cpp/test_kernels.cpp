@@ -144,6 +144,84 @@ TEST(nan_and_infinity_stay_in_their_own_rows) {
   });
 }
 
+// The tile kernels against double precision. The limit is on the error of the whole result: activations and weights are
+// rounded to 8 bits with one step for 128, so single elements have no useful bound.
+void check_tile_gemm(const KernelTable& table, const TypeKernels& kernels, int num_rows, int num_tokens, int k,
+                     bool precise) {
+  const Weights w = random_weights(kernels.type, num_rows, k);
+  const StoredWeights stored = store_weights(kernels, w);
+  const std::vector<float> x = random_floats(static_cast<size_t>(num_tokens) * k, 3.0f);
+  const size_t group_bytes = table.tile_group_bytes(kernels.tile_format, k);
+  std::vector<uint8_t> storage(group_bytes * ((num_tokens + kTileTokens - 1) / kTileTokens) + 63);
+  for (uint8_t& byte : storage) byte = static_cast<uint8_t>(rng()());  // whatever was there before
+  auto* groups = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(storage.data()) + 63) / 64 * 64);
+  for (int t = 0; t < num_tokens; ++t)
+    for (int begin = 0; begin < k;) {
+      const int n = std::min(k - begin, kTileGranule * random_int(1, 8));
+      table.store_tile_row(kernels.tile_format, x.data() + static_cast<size_t>(t) * k + begin, begin, n, k,
+                           t % kTileTokens, groups + group_bytes * (t / kTileTokens));
+      begin += n;
+    }
+  const int stride = num_rows + random_int(0, 5);
+  std::vector<float> output(static_cast<size_t>(num_tokens) * stride, kUntouched);
+  const int block = std::max(kTileGranule, ggml_type_info(kernels.type).block_size);
+  const int middle = random_int(0, 1) == 0 ? k : std::min(k, block * random_int(1, 12));
+  for (const auto& [begin, end] : {std::pair{0, middle}, std::pair{middle, k}}) {
+    if (begin == end) continue;
+    TileGemmParams params;
+    params.weights = stored.panels;
+    params.panel_bytes = stored.panel_bytes;
+    params.activations = groups;
+    params.group_bytes = group_bytes;
+    params.output = output.data();
+    params.output_stride = static_cast<size_t>(stride);
+    params.accumulate = begin > 0;
+    params.precise = precise;
+    params.num_rows = num_rows;
+    params.num_tokens = num_tokens;
+    params.k = k;
+    params.k_begin = begin;
+    params.k_end = end;
+    kernels.tile_gemm(params);
+  }
+  double error_square = 0, square = 0;
+  for (int t = 0; t < num_tokens; ++t)
+    for (int r = 0; r < stride; ++r) {
+      const float got = output[static_cast<size_t>(t) * stride + r];
+      if (r >= num_rows) {
+        CHECK(got == kUntouched, table_name(table) << " wrote past the row, token " << t << " column " << r);
+        continue;
+      }
+      double want = 0, magnitude = 0;
+      for (int i = 0; i < k; ++i) {
+        const double value = w.values[static_cast<size_t>(r) * k + i], activation = x[static_cast<size_t>(t) * k + i];
+        want += value * activation;
+        magnitude += value * value * 9;
+      }
+      error_square += (got - want) * (got - want);
+      square += magnitude;  // of a typical result: a single one may be near 0 by chance
+    }
+  const double error = std::sqrt(error_square / square);
+  const double limit = kernels.tile_format == TileFormat::BF16 ? kTileBf16Error : kTileInt8Error;
+  CHECK(error < limit, table_name(table) << " " << ggml_type_info(kernels.type).name << " tiles, rows " << num_rows
+                                         << " tokens " << num_tokens << " k " << k << (precise ? " precise" : "")
+                                         << ": relative error " << error);
+}
+
+TEST(tile_gemm) {
+  for_each_kernel([](const KernelTable& table, const TypeKernels& kernels) {
+    if (kernels.tile_gemm == nullptr) return;
+    const int block = ggml_type_info(kernels.type).block_size;
+    for (int num_tokens : {1, 2, 7, 15, 16, 17, 31, 32, 33, 50, 64})
+      check_tile_gemm(table, kernels, random_int(1, 70), num_tokens, 256 * random_int(1, 6), num_tokens % 2 == 0);
+    for (int k : {256, 512, 1408, 2048, 2304, 7168})
+      if (k % block == 0) check_tile_gemm(table, kernels, 48, 20, k, k == 2048);
+    if (block < 256)
+      for (int k : {32, 64, 96, 160, 1056, 1120}) check_tile_gemm(table, kernels, 33, 18, k, k == 96);
+    check_tile_gemm(table, kernels, 16, 300, 512, false);
+  });
+}
+
 // x: [256] under one kind of scale -> its decoded values are within half a step, and sums are those of the quants.
 void check_quantised(const std::string& name, const TypeKernels& kernels, const std::vector<float>& x) {
   const int k = static_cast<int>(x.size());

@@ -26,6 +26,14 @@ inline constexpr double kInt8ActivationError = 0.0128;
 // The same for float32 activations: rounding only, sqrt(k) below the bound of dot_limit().
 inline constexpr double kFloatActivationError = 2e-6;
 
+// The tile kernels, relative to the typical size of an output as above. bfloat16 has 8 bits: weights and activations are
+// off by up to 2^-9, evenly spread, 2^-9 / sqrt(3) * 0.7 (for mantissas as numbers have them) = 0.0008 each.
+inline constexpr double kTileBf16Error = 0.003;
+// int8 with one step for 128: the largest of 128 normal numbers is about 2.65 sigma, 2.65 / 127 / 3.46 = 0.006, of the
+// weights and of the activations: 0.0085 together. Random blocks vary more than a model's: where a chunk spans blocks,
+// their scales are normal numbers too.
+inline constexpr double kTileInt8Error = 0.0125;
+
 // silu(g) * u: exp within 2 u and its scaling exact, one addition, one division, one product.
 inline constexpr double kSiluError = 8 * kUnit;
 // exp(-g) overflows past here and the result is -0; the true value is under 3e-37 and never matters.

@@ -1,18 +1,9 @@
-#include <immintrin.h>
-
 #include "kernels/activation_blocks.h"
 #include "kernels/amx/kernels.h"
 #include "kernels/cpu_features.h"
 #include "kernels/panel.h"
 
 namespace kt::KT_ISA_NAMESPACE {
-
-void store_tile_row(const float* x, uint8_t* tiles, int k) {
-  for (int i = 0; i < k; i += kTileK, tiles += kTileBytes) {
-    const __m512bh pairs = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(x + i + 16), _mm512_loadu_ps(x + i));
-    _mm512_storeu_si512(tiles, reinterpret_cast<__m512i>(pairs));
-  }
-}
 
 namespace {
 
@@ -28,6 +19,7 @@ constexpr int kMinTokensInt = 12, kMinTokensFloat = 4;
    avx512_vnni::gemm_##type,      \
    kPanelRows,                    \
    tile_gemm_##type,              \
+   TileFormat::BF16,              \
    kMinTokensFloat},
 #define KT_INT_ENTRY(type)        \
   {GgmlType::type,                \
@@ -38,6 +30,7 @@ constexpr int kMinTokensInt = 12, kMinTokensFloat = 4;
    avx512_vnni::gemm_##type,      \
    kPanelRows,                    \
    tile_gemm_##type,              \
+   TileFormat::INT8,              \
    kMinTokensInt},
 
 constexpr TypeKernels kTypes[] = {KT_FLOAT_TYPES(KT_FLOAT_ENTRY) KT_INT_TYPES(KT_INT_ENTRY)};
@@ -47,13 +40,14 @@ constexpr TypeKernels kTypes[] = {KT_FLOAT_TYPES(KT_FLOAT_ENTRY) KT_INT_TYPES(KT
 extern const KernelTable kTable;
 const KernelTable kTable = {
     .isa = "amx",
-    .required_features = kAvx2 | kFma | kF16c | kAvx512 | kAvx512Vnni | kAvx512Bf16 | kAmxTile | kAmxBf16,
+    .required_features = kAvx2 | kFma | kF16c | kAvx512 | kAvx512Vnni | kAvx512Bf16 | kAmxTile | kAmxBf16 | kAmxInt8,
     .types = kTypes,
     .num_types = sizeof(kTypes) / sizeof(kTypes[0]),
     .silu_mul = avx512_vnni::silu_mul,
     .add_scaled = avx512_vnni::add_scaled,
     .load_floats = avx512_vnni::load_floats,
     .store_floats = avx512_vnni::store_floats,
+    .tile_group_bytes = tile_group_bytes,
     .store_tile_row = store_tile_row,
 };
 

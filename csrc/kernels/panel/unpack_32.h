@@ -15,8 +15,8 @@ inline void store_quad(Codes& codes, int g, int m, int h, Ints quad) {
 }
 
 struct UnpackQ4_0 {
-  static constexpr int kBlock = 32, kBlockBytes = 18, kGroup = 32, kMaxCode = 15;
-  static constexpr bool kSigned = false;
+  static constexpr int kBlock = 32, kBlockBytes = 18, kGroup = 32, kMaxCode = 15, kCenter = 8;
+  static constexpr bool kSigned = false, kHasMin = false;
 
   static inline void unpack(const uint8_t* block, Codes& codes, int g) {
     for (int h = 0; h < kHalves; ++h) {
@@ -33,8 +33,8 @@ struct UnpackQ4_0 {
 };
 
 struct UnpackQ4_1 {
-  static constexpr int kBlock = 32, kBlockBytes = 20, kGroup = 32, kMaxCode = 15;
-  static constexpr bool kSigned = false;
+  static constexpr int kBlock = 32, kBlockBytes = 20, kGroup = 32, kMaxCode = 15, kCenter = 8;
+  static constexpr bool kSigned = false, kHasMin = true;
 
   static inline void unpack(const uint8_t* block, Codes& codes, int g) {
     for (int h = 0; h < kHalves; ++h) {
@@ -70,8 +70,8 @@ inline void store_quads_5_bits(Codes& codes, const uint8_t* block, int qh_offset
 }
 
 struct UnpackQ5_0 {
-  static constexpr int kBlock = 32, kBlockBytes = 22, kGroup = 32, kMaxCode = 31;
-  static constexpr bool kSigned = false;
+  static constexpr int kBlock = 32, kBlockBytes = 22, kGroup = 32, kMaxCode = 31, kCenter = 16;
+  static constexpr bool kSigned = false, kHasMin = false;
 
   static inline void unpack(const uint8_t* block, Codes& codes, int g) {
     for (int h = 0; h < kHalves; ++h) {
@@ -84,8 +84,8 @@ struct UnpackQ5_0 {
 };
 
 struct UnpackQ5_1 {
-  static constexpr int kBlock = 32, kBlockBytes = 24, kGroup = 32, kMaxCode = 31;
-  static constexpr bool kSigned = false;
+  static constexpr int kBlock = 32, kBlockBytes = 24, kGroup = 32, kMaxCode = 31, kCenter = 16;
+  static constexpr bool kSigned = false, kHasMin = true;
 
   static inline void unpack(const uint8_t* block, Codes& codes, int g) {
     for (int h = 0; h < kHalves; ++h) {
@@ -97,8 +97,8 @@ struct UnpackQ5_1 {
 };
 
 struct UnpackQ8_0 {
-  static constexpr int kBlock = 32, kBlockBytes = 34, kGroup = 32, kMaxCode = 255;
-  static constexpr bool kSigned = true;
+  static constexpr int kBlock = 32, kBlockBytes = 34, kGroup = 32, kMaxCode = 255, kCenter = 0;
+  static constexpr bool kSigned = true, kHasMin = false;
 
   static inline void unpack(const uint8_t* block, Codes& codes, int g) {
     for (int h = 0; h < kHalves; ++h) {
@@ -113,8 +113,8 @@ alignas(16) constexpr int8_t kIq4Values[16] = {-127, -104, -83, -65, -49, -35, -
                                                1,    13,   25,  38,  53,  69,  89,  113};
 
 struct UnpackIQ4_NL {
-  static constexpr int kBlock = 32, kBlockBytes = 18, kGroup = 32, kMaxCode = 255;
-  static constexpr bool kSigned = true;
+  static constexpr int kBlock = 32, kBlockBytes = 18, kGroup = 32, kMaxCode = 255, kCenter = 0;
+  static constexpr bool kSigned = true, kHasMin = false;
 
   static inline void unpack(const uint8_t* block, Codes& codes, int g) {
     for (int h = 0; h < kHalves; ++h) {
@@ -129,8 +129,8 @@ struct UnpackIQ4_NL {
 };
 
 struct UnpackIQ4_XS {
-  static constexpr int kBlock = 256, kBlockBytes = 136, kGroup = 32, kMaxCode = 255;
-  static constexpr bool kSigned = true;
+  static constexpr int kBlock = 256, kBlockBytes = 136, kGroup = 32, kMaxCode = 255, kCenter = 0;
+  static constexpr bool kSigned = true, kHasMin = false;
 
   static inline void unpack(const uint8_t* block, Codes& codes, int) {
     for (int h = 0; h < kHalves; ++h) {
@@ -156,8 +156,8 @@ struct UnpackIQ4_XS {
 alignas(16) constexpr uint8_t kMxfp4Codes[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
 
 struct UnpackMXFP4 {
-  static constexpr int kBlock = 32, kBlockBytes = 17, kGroup = 32, kMaxCode = 24;
-  static constexpr bool kSigned = false;
+  static constexpr int kBlock = 32, kBlockBytes = 17, kGroup = 32, kMaxCode = 24, kCenter = 12;
+  static constexpr bool kSigned = false, kHasMin = false;
 
   // Half of the E8M0 scale, 2^(e - 128), as a product of two powers: each is a normal float for every e.
   static inline Floats scale(const uint8_t* exponents) {

@@ -37,8 +37,8 @@ inline void store_scales_k4(Codes& codes, const uint8_t* block, int h) {
 }
 
 struct UnpackQ4_K {
-  static constexpr int kBlock = 256, kBlockBytes = 144, kGroup = 32, kMaxCode = 15;
-  static constexpr bool kSigned = false;
+  static constexpr int kBlock = 256, kBlockBytes = 144, kGroup = 32, kMaxCode = 15, kCenter = 8;
+  static constexpr bool kSigned = false, kHasMin = true;
 
   static inline void unpack(const uint8_t* block, Codes& codes, int) {
     for (int h = 0; h < kHalves; ++h) {
@@ -54,8 +54,8 @@ struct UnpackQ4_K {
 };
 
 struct UnpackQ5_K {
-  static constexpr int kBlock = 256, kBlockBytes = 176, kGroup = 32, kMaxCode = 31;
-  static constexpr bool kSigned = false;
+  static constexpr int kBlock = 256, kBlockBytes = 176, kGroup = 32, kMaxCode = 31, kCenter = 16;
+  static constexpr bool kSigned = false, kHasMin = true;
 
   static inline void unpack(const uint8_t* block, Codes& codes, int) {
     const Ints bit_4 = splat(0x10101010);
@@ -75,8 +75,8 @@ struct UnpackQ5_K {
 };
 
 struct UnpackQ6_K {
-  static constexpr int kBlock = 256, kBlockBytes = 210, kGroup = 16, kMaxCode = 63;
-  static constexpr bool kSigned = false;
+  static constexpr int kBlock = 256, kBlockBytes = 210, kGroup = 16, kMaxCode = 63, kCenter = 32;
+  static constexpr bool kSigned = false, kHasMin = false;
 
   template <int j>
   static inline void store_scale(Codes& codes, Ints bytes, Floats d, int word, int h) {
@@ -126,8 +126,8 @@ inline Ints pair_of(Ints q, int p) {
 }
 
 struct UnpackQ2_K {
-  static constexpr int kBlock = 256, kBlockBytes = 84, kGroup = 16, kMaxCode = 3;
-  static constexpr bool kSigned = false;
+  static constexpr int kBlock = 256, kBlockBytes = 84, kGroup = 16, kMaxCode = 3, kCenter = 2;
+  static constexpr bool kSigned = false, kHasMin = true;
 
   template <int j>
   static inline void store_scale(Codes& codes, Ints bytes, Floats d, Floats dmin, int word, int h) {
@@ -155,8 +155,8 @@ struct UnpackQ2_K {
 };
 
 struct UnpackQ3_K {
-  static constexpr int kBlock = 256, kBlockBytes = 110, kGroup = 16, kMaxCode = 7;
-  static constexpr bool kSigned = false;
+  static constexpr int kBlock = 256, kBlockBytes = 110, kGroup = 16, kMaxCode = 7, kCenter = 4;
+  static constexpr bool kSigned = false, kHasMin = false;
 
   template <int j>
   static inline void store_scale(Codes& codes, Ints bytes, Floats d, int word, int h) {

@@ -1,0 +1,294 @@
+// The tile GEMM of quantised types.
+//
+// TDPBSSD and TDPBSUD add up 64 k of 16 tokens times 16 rows; after 128 k the integers are scaled and added to float32
+// sums in the first level cache. Where a type has mins, what they differ from the centre of the codes is multiplied by
+// the sums of activations, as bfloat16 tiles: one more multiplication for every 16 or 8.
+//
+// Work is laid out for the tile unit and the vector units to be busy at once: the tiles of one job are multiplied while
+// the integers of the job before are scaled and the weights of the next chunk are made.
+#pragma once
+
+#include "kernels/amx/tiles.h"
+#include "kernels/amx/weights_int8.h"
+
+namespace kt::KT_ISA_NAMESPACE {
+namespace {
+
+constexpr int kRows = 2 * kPanelRows;  // weight rows computed together
+constexpr int kMaxTileTokens = 256;    // tokens whose sums stay in the first level cache
+constexpr int kMaxExactTokens = 48;    // up to here exact planes are faster than rounding; measured
+
+// Integers of one job: [which][other][16 tokens][16 rows]. `which` is a group of tokens, or a plane of activations
+// (high, low) when precise; `other` is a panel, or a plane of weights (low, high) when exact.
+struct alignas(64) Products {
+  int32_t tiles[2][2][kTileTokens][kPanelRows];
+};
+
+// a0, a1: tiles [2][16 tokens][64] of two groups of tokens, or of the two planes of one.
+template <Planes planes, bool kTwo>
+inline void multiply_chunk(const WeightChunk& weights, const uint8_t* a0, const uint8_t* a1, Products& products) {
+  _tile_zero(0);
+  _tile_zero(1);
+  if constexpr (kTwo) {
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int i = 0; i < 2; ++i) {
+    _tile_loadd(6, weights.tiles[i][0], kTileRowBytes);
+    _tile_loadd(4, a0 + i * kTileBytes, kTileRowBytes);
+    if constexpr (planes == Planes::kExact)
+      _tile_dpbsud(0, 4, 6);
+    else
+      _tile_dpbssd(0, 4, 6);
+    _tile_loadd(7, weights.tiles[i][1], kTileRowBytes);
+    if constexpr (planes == Planes::kExact)
+      _tile_dpbsud(1, 4, 7);
+    else
+      _tile_dpbssd(1, 4, 7);
+    if constexpr (kTwo) {
+      _tile_loadd(5, a1 + i * kTileBytes, kTileRowBytes);
+      if constexpr (planes == Planes::kExact) {
+        _tile_dpbsud(2, 5, 6);
+        _tile_dpbsud(3, 5, 7);
+      } else {
+        _tile_dpbssd(2, 5, 6);
+        _tile_dpbssd(3, 5, 7);
+      }
+    }
+  }
+  _tile_stored(0, products.tiles[0][0], kTileRowBytes);
+  _tile_stored(1, products.tiles[0][1], kTileRowBytes);
+  if constexpr (kTwo) {
+    _tile_stored(2, products.tiles[1][0], kTileRowBytes);
+    _tile_stored(3, products.tiles[1][1], kTileRowBytes);
+  }
+}
+
+using TileSums = float[kMaxTileTokens][kRows];
+
+// A multiplication whose integers are still to be scaled.
+struct PendingJob {
+  int num_tokens;           // 0: none
+  float (*sums)[kRows];     // of its first token, at its first row
+  const float* factors[2];  // of its groups of tokens: [3][16 tokens], see activations.h
+  const WeightChunk* weights;
+};
+
+// sums += step * (factor * products + half) for one group of tokens; rounded weights, `half` makes up for cutting them.
+template <bool kPrecise>
+inline void add_rounded(const PendingJob& job, const Products& products, int group, int num_tokens) {
+  const float* factors = job.factors[group];
+  float (*sums)[kRows] = job.sums + group * kTileTokens;
+  for (int panel = 0; panel < 2; ++panel) {
+    const Floats step = load_floats(job.weights->steps[panel]);
+    for (int t = 0; t < num_tokens; ++t) {
+      Ints p = load(products.tiles[group][panel][t]);
+      Floats scaled;
+      if constexpr (kPrecise) {
+        p = add_ints(shift_left<7>(p), load(products.tiles[1][panel][t]));
+        scaled =
+            multiply_add(to_floats(p), splat_float(factors[t] * 0x1p-7f), splat_float(factors[2 * kTileTokens + t]));
+      } else {
+        scaled = multiply_add(to_floats(p), splat_float(factors[t]), splat_float(factors[kTileTokens + t]));
+      }
+      float* sum = sums[t] + panel * kPanelRows;
+      store_floats(sum, multiply_add(scaled, step, load_floats(sum)));
+    }
+  }
+}
+
+// sums += d * factor * (products of the low plane + 8 * of the high plane).
+template <bool kPrecise>
+inline void add_exact(const PendingJob& job, const Products& products, int group, int num_tokens) {
+  const float* factors = job.factors[group];
+  float (*sums)[kRows] = job.sums + group * kTileTokens;
+  const Floats d = load_floats(job.weights->steps[0]);
+  const auto joined = [&](int which, int t) {
+    return to_floats(add_ints(shift_left<3>(load(products.tiles[which][1][t])), load(products.tiles[which][0][t])));
+  };
+  for (int t = 0; t < num_tokens; ++t) {
+    Floats p = joined(group, t);
+    if constexpr (kPrecise) p = multiply_add(joined(1, t), splat_float(0x1p-7f), p);
+    store_floats(sums[t], multiply_add(p, multiply(d, splat_float(factors[t])), load_floats(sums[t])));
+  }
+}
+
+// Multiplies chunks with all tokens, each job followed by the scaling of the one before.
+template <Planes planes, bool kPrecise>
+struct Multiplier {
+  static constexpr int kJobTokens = kPrecise ? kTileTokens : 2 * kTileTokens;
+
+  size_t group_bytes;
+  int num_tokens;
+  Products products[2] = {};  // of this job and the one before
+  int job_number = 0;
+  PendingJob pending = {};
+
+  // a, factors: of the chunk, in the first group of tokens. sums: of the first token, at the first row.
+  inline void multiply(const WeightChunk& weights, const uint8_t* a, const uint8_t* factors, float (*sums)[kRows]) {
+    for (int token = 0; token < num_tokens; token += kJobTokens) {
+      Products& current = products[job_number % 2];
+      const int tokens = num_tokens - token < kJobTokens ? num_tokens - token : kJobTokens;
+      if constexpr (kPrecise)
+        multiply_chunk<planes, true>(weights, a, a + kPlaneBytes, current);
+      else if (tokens > kTileTokens)
+        multiply_chunk<planes, true>(weights, a, a + group_bytes, current);
+      else
+        multiply_chunk<planes, false>(weights, a, a, current);
+      finish();
+      pending = {tokens,
+                 sums + token,
+                 {reinterpret_cast<const float*>(factors), reinterpret_cast<const float*>(factors + group_bytes)},
+                 &weights};
+      ++job_number;
+      a += kJobTokens / kTileTokens * group_bytes;
+      factors += kJobTokens / kTileTokens * group_bytes;
+    }
+  }
+
+  inline void finish() {
+    const Products& before = products[1 - job_number % 2];
+    for (int group = 0; group * kTileTokens < pending.num_tokens; ++group) {
+      const int rest = pending.num_tokens - group * kTileTokens, tokens = rest < kTileTokens ? rest : kTileTokens;
+      if constexpr (planes == Planes::kExact)
+        add_exact<kPrecise>(pending, before, group, tokens);
+      else
+        add_rounded<kPrecise>(pending, before, group, tokens);
+    }
+    pending.num_tokens = 0;
+  }
+};
+
+// sums += offsets times the sums of activations, over 32 groups. a: the tile of sums of the first 16 tokens.
+inline void multiply_offsets(const uint8_t (&offsets)[2][kTileBytes], const uint8_t* a, size_t group_bytes,
+                             int num_tokens, TileSums& sums) {
+  constexpr size_t kStride = sizeof(sums[0]);
+  _tile_loadd(6, offsets[0], kTileRowBytes);
+  _tile_loadd(7, offsets[1], kTileRowBytes);
+  for (int token = 0; token < num_tokens; token += kTileTokens, a += group_bytes) {
+    _tile_loadd(4, a, kTileRowBytes);
+    _tile_loadd(0, sums[token], kStride);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_stored(0, sums[token], kStride);
+    _tile_loadd(1, sums[token] + kPanelRows, kStride);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_stored(1, sums[token] + kPanelRows, kStride);
+  }
+}
+
+// k from k_begin to k_end, within one multiple of 1024, for two panels and up to kMaxTileTokens tokens.
+template <class Unpack, Planes planes, bool kPrecise>
+inline void multiply_part(const TileGemmParams& p, const uint8_t* const (&panels)[2], const uint8_t* activations,
+                          int num_tokens, int k_begin, int k_end, TileSums& sums) {
+  constexpr bool kExact = planes == Planes::kExact;
+  const Int8Activations layout(p.k);
+  alignas(64) Codes codes[2];  // of each panel
+  alignas(64)
+      WeightChunk weights[3][2];  // being made, being multiplied, and whose steps are still needed; a panel each
+  alignas(64) OffsetTiles offsets;
+  alignas(64) Multiplier<planes, kPrecise> multiplier{p.group_bytes, num_tokens};
+  IntegerScales integer_scales[2];
+  if constexpr (Unpack::kHasMin) std::memset(&offsets, 0, sizeof offsets);
+
+  const int num_chunks = round_up(k_end - k_begin, kChunkK);
+  for (int c = 0; c <= num_chunks; ++c) {
+    if (c < num_chunks) {
+      const int k = k_begin + c * kChunkK, in_codes = c % (kMaxCodesK / kChunkK);
+      const int codes_k = k_end - k < kMaxCodesK ? k_end - k : kMaxCodesK;
+      const int chunk_k = k_end - k < kChunkK ? k_end - k : kChunkK;
+      for (int i = 0; i < 2; ++i) {
+        if (in_codes == 0) {
+          const uint8_t* block = panels[i] + static_cast<size_t>(k / Unpack::kBlock) * kPanelRows * Unpack::kBlockBytes;
+          unpack_chunk<Unpack>(block, codes_k, codes[i]);
+          if constexpr (kExact) load_integer_scales(block, integer_scales[i]);
+          if constexpr (Unpack::kHasMin)
+            make_offsets(codes[i], kExact ? 0 : Unpack::kCenter, codes_k / Unpack::kGroup, k % kSumsK / Unpack::kGroup,
+                         i, offsets);
+        }
+        if constexpr (kExact)
+          make_planes(codes[i], integer_scales[i], in_codes, weights[c % 3][i]);
+        else
+          make_weights<Unpack>(codes[i], in_codes, chunk_k / Unpack::kGroup, i, weights[c % 3][0]);
+      }
+    }
+    // One behind: what was just stored is not read at once, and the tile unit works while the next chunk is made.
+    if (c > 0) {
+      const size_t chunk = static_cast<size_t>(k_begin / kChunkK + c - 1);
+      const uint8_t *a = activations + chunk * kChunkBytes,
+                    *factors = activations + layout.factors + chunk * kFactorBytes;
+      multiplier.multiply(weights[(c - 1) % 3][0], a, factors, sums);
+      if constexpr (kExact)
+        multiplier.multiply(weights[(c - 1) % 3][1], a, factors,
+                            reinterpret_cast<float (*)[kRows]>(sums[0] + kPanelRows));
+    }
+  }
+  multiplier.finish();
+  if constexpr (Unpack::kHasMin) {
+    constexpr int kTileOffsetK = 32 * Unpack::kGroup;
+    const uint8_t* a = activations + (Unpack::kGroup == 32 ? layout.sums : layout.half_sums);
+    for (int i = 0; i < kSumsK / kTileOffsetK; ++i) {
+      const int tile_k = k_begin / kSumsK * kSumsK + i * kTileOffsetK;
+      if (tile_k >= k_end) break;
+      multiply_offsets(offsets.tiles[i], a + static_cast<size_t>(tile_k / kTileOffsetK) * kTileBytes, p.group_bytes,
+                       num_tokens, sums);
+    }
+  }
+}
+
+template <class Unpack, Planes planes, bool kPrecise>
+inline void tile_gemm_tokens(const TileGemmParams& p, int first_token, int num_tokens) {
+  alignas(64) TileSums sums;
+  const uint8_t* activations = p.activations + static_cast<size_t>(first_token / kTileTokens) * p.group_bytes;
+  // Rows of a tile beyond the tokens are computed and not used; with few tokens leaving them out saves time.
+  const int tile_rows = num_tokens < kTileTokens ? num_tokens : kTileTokens;
+  configure_tiles(tile_rows, 0);
+  for (int row = 0; row < p.num_rows; row += kRows) {
+    const int num_rows = p.num_rows - row < kRows ? p.num_rows - row : kRows;
+    const uint8_t* first = p.weights + static_cast<size_t>(row / kPanelRows) * p.panel_bytes;
+    const uint8_t* const panels[2] = {first, num_rows > kPanelRows ? first + p.panel_bytes : first};
+    std::memset(sums, 0, static_cast<size_t>(round_up(num_tokens, kTileTokens)) * kTileTokens * sizeof sums[0]);
+    for (int k = p.k_begin; k < p.k_end;) {
+      const int window_end = (k / kSumsK + 1) * kSumsK;
+      const int k_end = window_end < p.k_end ? window_end : p.k_end;
+      multiply_part<Unpack, planes, kPrecise>(p, panels, activations, num_tokens, k, k_end, sums);
+      k = k_end;
+    }
+    for (int t = 0; t < num_tokens; ++t) {
+      float* output = p.output + static_cast<size_t>(first_token + t) * p.output_stride + row;
+      if (num_rows < kRows) {
+        for (int r = 0; r < num_rows; ++r) output[r] = sums[t][r] + (p.accumulate ? output[r] : 0.0f);
+        continue;
+      }
+      for (int i = 0; i < kRows; i += kLanes) {
+        const Floats sum = load_floats(sums[t] + i);
+        store_floats(output + i, p.accumulate ? add(load_floats(output + i), sum) : sum);
+      }
+    }
+  }
+}
+
+template <class Unpack, Planes planes>
+inline void tile_gemm_planes(const TileGemmParams& p, int first_token, int num_tokens) {
+  if (p.precise)
+    tile_gemm_tokens<Unpack, planes, true>(p, first_token, num_tokens);
+  else
+    tile_gemm_tokens<Unpack, planes, false>(p, first_token, num_tokens);
+}
+
+template <class Unpack>
+inline void tile_gemm_int8(const TileGemmParams& p) {
+  for (int token = 0; token < p.num_tokens; token += kMaxTileTokens) {
+    const int num_tokens = p.num_tokens - token < kMaxTileTokens ? p.num_tokens - token : kMaxTileTokens;
+    if constexpr (kHasIntegerScales<Unpack>) {
+      if (num_tokens <= kMaxExactTokens) {
+        tile_gemm_planes<Unpack, Planes::kExact>(p, token, num_tokens);
+        continue;
+      }
+    }
+    tile_gemm_planes<Unpack, Planes::kRounded>(p, token, num_tokens);
+  }
+  _tile_release();
+}
+
+}  // namespace
+}  // namespace kt::KT_ISA_NAMESPACE

@@ -1,0 +1,98 @@
+// Activations to the memory of 16 tokens described in activations.h.
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "kernels/activation_blocks.h"
+#include "kernels/amx/activations.h"
+#include "kernels/amx/kernels.h"
+
+namespace kt::KT_ISA_NAMESPACE {
+namespace {
+
+void store_bf16(const float* x, int k_begin, int n, int token, uint8_t* group) {
+  uint8_t* row = group + static_cast<size_t>(k_begin / 32) * kTileBytes + token * kTileRowBytes;
+  for (int i = 0; i < n; i += 32, row += kTileBytes) {
+    const __m512bh pairs = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(x + i + 16), _mm512_loadu_ps(x + i));
+    _mm512_storeu_si512(row, reinterpret_cast<__m512i>(pairs));
+  }
+}
+
+// chunk: its [high][low] planes, at the token's row; factors: [3][16 tokens], at the token. n up to 128, the rest is 0.
+void store_chunk(const float* x, int n, uint8_t* chunk, float* factors) {
+  __m512 values[kChunkK / 16];
+  __m512 largest = _mm512_setzero_ps();
+  bool finite = true;
+  for (int i = 0; i < kChunkK / 16; ++i) {
+    values[i] = 16 * i < n ? _mm512_loadu_ps(x + 16 * i) : _mm512_setzero_ps();
+    const __m512 magnitude = _mm512_abs_ps(values[i]);
+    finite &= _mm512_cmp_ps_mask(magnitude, _mm512_set1_ps(__builtin_inff()), _CMP_LT_OQ) == 0xffff;
+    largest = _mm512_max_ps(largest, magnitude);
+  }
+  const float max = _mm512_reduce_max_ps(largest);
+  float step = max / 127.0f, inverse = 127.0f / max;
+  if (!finite) step = __builtin_nanf(""), inverse = 0;
+  if (max < kSmallestMax) step = 0, inverse = 0;
+  __m512i sum_high = _mm512_setzero_si512(), sum_low = _mm512_setzero_si512();
+  for (int i = 0; i < kChunkK / 16; ++i) {
+    const __m512 scaled = inverse == 0 ? _mm512_setzero_ps() : _mm512_mul_ps(values[i], _mm512_set1_ps(inverse));
+    const __m512i high = _mm512_cvtps_epi32(scaled);
+    const __m512 rest = _mm512_sub_ps(scaled, _mm512_cvtepi32_ps(high));  // exact, up to a half
+    const __m512i low = _mm512_cvtps_epi32(_mm512_mul_ps(rest, _mm512_set1_ps(128)));
+    sum_high = _mm512_add_epi32(sum_high, high);
+    sum_low = _mm512_add_epi32(sum_low, low);
+    uint8_t* at = chunk + i / 4 * kTileBytes + i % 4 * 16;
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(at), _mm512_cvtepi32_epi8(high));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(at + kPlaneBytes), _mm512_cvtepi32_epi8(low));
+  }
+  const float high = static_cast<float>(_mm512_reduce_add_epi32(sum_high));
+  const float low = static_cast<float>(_mm512_reduce_add_epi32(sum_low));
+  factors[0] = step;
+  factors[kTileTokens] = 0.5f * step * high;
+  factors[2 * kTileTokens] = 0.5f * step * (high + low / 128);
+}
+
+inline float sum_16(const float* x) { return _mm512_reduce_add_ps(_mm512_loadu_ps(x)); }
+
+inline void store_bf16_at(uint8_t* tiles, int i, int token, float value) {  // element i of the token's row of sums
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  // To nearest even; a NaN stays one, for its upper half keeps the quiet bit, and the chunk's step is NaN anyway.
+  const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  const uint16_t half = static_cast<uint16_t>((nan ? bits | 0x400000u : bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+  std::memcpy(tiles + static_cast<size_t>(i / 32) * kTileBytes + token * kTileRowBytes + i % 32 * 2, &half, 2);
+}
+
+void store_int8(const float* x, int k_begin, int n, int k, int token, uint8_t* group) {
+  const Int8Activations layout(k);
+  for (int i = 0; i < n; i += kChunkK) {
+    const size_t chunk = static_cast<size_t>((k_begin + i) / kChunkK);
+    store_chunk(x + i, n - i < kChunkK ? n - i : kChunkK, group + chunk * kChunkBytes + token * kTileRowBytes,
+                reinterpret_cast<float*>(group + layout.factors + chunk * kFactorBytes) + token);
+  }
+  for (int i = 0; i < n; i += 32) {
+    const float first = sum_16(x + i), second = sum_16(x + i + 16);
+    store_bf16_at(group + layout.half_sums, (k_begin + i) / 16, token, first);
+    store_bf16_at(group + layout.half_sums, (k_begin + i) / 16 + 1, token, second);
+    store_bf16_at(group + layout.sums, (k_begin + i) / 32, token, first + second);
+  }
+  if (k_begin + n < k) return;
+  // Tiles of sums are multiplied whole, by offsets of 0 past the end: nothing there may be a NaN.
+  for (int i = k / 16; i < round_up(k, kHalfSumsK) * 32; ++i) store_bf16_at(group + layout.half_sums, i, token, 0);
+  for (int i = k / 32; i < round_up(k, kSumsK) * 32; ++i) store_bf16_at(group + layout.sums, i, token, 0);
+}
+
+}  // namespace
+
+size_t tile_group_bytes(TileFormat format, int k) {
+  return format == TileFormat::INT8 ? Int8Activations(k).bytes : static_cast<size_t>(k / 32) * kTileBytes;
+}
+
+void store_tile_row(TileFormat format, const float* x, int k_begin, int n, int k, int token, uint8_t* group) {
+  if (format == TileFormat::INT8)
+    store_int8(x, k_begin, n, k, token, group);
+  else
+    store_bf16(x, k_begin, n, token, group);
+}
+
+}  // namespace kt::KT_ISA_NAMESPACE

@@ -1,5 +1,6 @@
 #include "kernels/panel.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "check.h"
@@ -52,13 +53,20 @@ const Layout& layout_of(GgmlType type) {
   fail("GGML type ", ggml_type_info(type).name, " has no panel layout");
 }
 
+// A row of plain numbers is one long field. Of such, so many units of all rows are done before the next: what is
+// written in passes of a row stays in the first level cache.
+constexpr int kUnitsAtOnce = 64;
+
 // source: the field in the first row's block. panel: [num_units][16][kUnit]
 template <int kUnit>
 void pack_field(const uint8_t* source, size_t row_bytes, int num_rows, int num_units, uint8_t* panel) {
-  for (int row = 0; row < num_rows; ++row) {
-    const uint8_t* from = source + row * row_bytes;
-    uint8_t* to = panel + row * kUnit;
-    for (int u = 0; u < num_units; ++u) std::memcpy(to + u * kPanelRows * kUnit, from + u * kUnit, kUnit);
+  for (int first = 0; first < num_units; first += kUnitsAtOnce) {
+    const int end = std::min(num_units, first + kUnitsAtOnce);
+    for (int row = 0; row < num_rows; ++row) {
+      const uint8_t* from = source + row * row_bytes;
+      uint8_t* to = panel + row * kUnit;
+      for (int u = first; u < end; ++u) std::memcpy(to + u * kPanelRows * kUnit, from + u * kUnit, kUnit);
+    }
   }
 }
 

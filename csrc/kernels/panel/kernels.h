@@ -18,7 +18,14 @@
   X(Q6_K)               \
   X(IQ4_NL)             \
   X(IQ4_XS)             \
-  X(MXFP4)
+  X(MXFP4)              \
+  X(IQ1_S)              \
+  X(IQ1_M)              \
+  X(IQ2_XXS)            \
+  X(IQ2_XS)             \
+  X(IQ2_S)              \
+  X(IQ3_XXS)            \
+  X(IQ3_S)
 #define KT_FLOAT_TYPES(X) \
   X(F32)                  \
   X(F16)                  \

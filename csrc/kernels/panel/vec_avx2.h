@@ -60,6 +60,38 @@ inline Ints gather_32(const void* base, Ints index) {
   return _mm256_i32gather_epi32(static_cast<const int*>(base), index, 4);
 }
 
+struct IntPair {
+  Ints low, high;
+};
+
+// words[lower half of indices] and words[upper half]
+inline __m128i two_words(const uint64_t* words, int64_t indices) {
+  const auto* first = words + static_cast<uint32_t>(indices);
+  const auto* second = words + (static_cast<uint64_t>(indices) >> 32);
+  const __m128 low = _mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(first)));
+  return _mm_castps_si128(_mm_loadh_pi(low, reinterpret_cast<const __m64*>(second)));
+}
+
+// Eight loads, as the gathers of several kinds of processors are slower than that. Rows 0, 1, 4, 5 and 2, 3, 6, 7 go
+// together, so that the last shuffles, which work within 128 bits, leave all in order.
+inline IntPair gather_64(const void* base, Ints index) {
+  const auto* words = static_cast<const uint64_t*>(base);
+  const __m128i low = _mm256_castsi256_si128(index), high = _mm256_extracti128_si256(index, 1);
+  const __m256 a = _mm256_castsi256_ps(
+      _mm256_set_m128i(two_words(words, _mm_cvtsi128_si64(high)), two_words(words, _mm_cvtsi128_si64(low))));
+  const __m256 b = _mm256_castsi256_ps(
+      _mm256_set_m128i(two_words(words, _mm_extract_epi64(high, 1)), two_words(words, _mm_extract_epi64(low, 1))));
+  return {_mm256_castps_si256(_mm256_shuffle_ps(a, b, 0x88)), _mm256_castps_si256(_mm256_shuffle_ps(a, b, 0xdd))};
+}
+inline Ints spread_byte_0(Ints v) {
+  const __m128i from = _mm_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c);
+  return _mm256_shuffle_epi8(v, _mm256_broadcastsi128_si256(from));
+}
+inline Ints add_or_sub_bytes(Ints a, Ints b, Ints bits, Ints mask) {  // mask: a single bit in each byte
+  const Ints sub = _mm256_cmpeq_epi8(_mm256_and_si256(bits, mask), mask);
+  return _mm256_add_epi8(_mm256_xor_si256(b, sub), _mm256_sub_epi8(a, sub));  // -b is ~b + 1
+}
+
 inline Floats load_floats(const float* p) { return _mm256_loadu_ps(p); }
 inline void store_floats(float* p, Floats v) { _mm256_storeu_ps(p, v); }
 inline Floats zero_floats() { return _mm256_setzero_ps(); }
@@ -69,6 +101,9 @@ inline Floats as_floats(Ints v) { return _mm256_castsi256_ps(v); }
 inline Ints as_ints(Floats v) { return _mm256_castps_si256(v); }
 inline Floats load_f16(const uint8_t* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline Floats f16_to_floats(Ints v) {
+  return _mm256_cvtph_ps(_mm_packus_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1)));
 }
 inline Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
 inline Floats multiply(Floats a, Floats b) { return _mm256_mul_ps(a, b); }

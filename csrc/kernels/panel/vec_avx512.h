@@ -60,6 +60,27 @@ inline Ints zero_extend_halves(const uint8_t* p) {  // [kLanes] 16-bit
 // base[index * 4 bytes], index in each lane
 inline Ints gather_32(const void* base, Ints index) { return _mm512_i32gather_epi32(index, base, 4); }
 
+struct IntPair {
+  Ints low, high;
+};
+
+// base[index * 8 bytes], index in each lane: the low and the high half of each word
+inline IntPair gather_64(const void* base, Ints index) {
+  const Ints a = _mm512_i32gather_epi64(_mm512_castsi512_si256(index), base, 8);
+  const Ints b = _mm512_i32gather_epi64(_mm512_extracti64x4_epi64(index, 1), base, 8);
+  const Ints even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const Ints odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+  return {_mm512_permutex2var_epi32(a, even, b), _mm512_permutex2var_epi32(a, odd, b)};
+}
+inline Ints spread_byte_0(Ints v) {  // the lowest byte of each lane to all four
+  const __m128i from = _mm_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c);
+  return _mm512_shuffle_epi8(v, _mm512_broadcast_i32x4(from));
+}
+// a + b, in bytes where bits and mask have a bit in common a - b
+inline Ints add_or_sub_bytes(Ints a, Ints b, Ints bits, Ints mask) {
+  return _mm512_mask_sub_epi8(_mm512_add_epi8(a, b), _mm512_test_epi8_mask(bits, mask), a, b);
+}
+
 inline Floats load_floats(const float* p) { return _mm512_loadu_ps(p); }
 inline void store_floats(float* p, Floats v) { _mm512_storeu_ps(p, v); }
 inline Floats zero_floats() { return _mm512_setzero_ps(); }
@@ -70,6 +91,7 @@ inline Ints as_ints(Floats v) { return _mm512_castps_si512(v); }
 inline Floats load_f16(const uint8_t* p) {  // [kLanes] float16
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
+inline Floats f16_to_floats(Ints v) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(v)); }  // bits in each lane
 inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
 inline Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }            // a b + c

@@ -3,7 +3,7 @@
 // BF16: [k / 32][16 tokens][32] bfloat16, each [16][32] a tile.
 // INT8: three regions, one after another
 //   chunks: [k / 128] of { high[2][16 tokens][64] int8, low[2][16 tokens][64] int8 }, each [16][64] a tile
-//   factors: [k / 128][3][16 tokens] float32: step; step / 2 * sum of high; step / 2 * sum of (high + low / 128)
+//   steps: [k / 128][16 tokens] float32
 //   sums: [k / 1024][16][32] bfloat16, of every 32 activations; then [k / 512][16][32], of every 16
 // x = step * (high + low / 128): one plane alone has 8 bits, both have 15. All of k is rounded up; the rest is zero.
 #pragma once
@@ -21,20 +21,19 @@ constexpr size_t kTileRowBytes = 64;   // one token's part of a tile
 constexpr size_t kTileBytes = 16 * kTileRowBytes;
 constexpr size_t kPlaneBytes = 2 * kTileBytes;  // of a chunk
 constexpr size_t kChunkBytes = 2 * kPlaneBytes;
-constexpr int kNumFactors = 3;
-constexpr size_t kFactorBytes = kNumFactors * kTileTokens * sizeof(float);  // of a chunk
-constexpr int kSumsK = 1024;     // activations whose sums of 32 fill a row of a tile
-constexpr int kHalfSumsK = 512;  // the same of 16
+constexpr size_t kStepBytes = kTileTokens * sizeof(float);  // of a chunk
+constexpr int kSumsK = 1024;                                // activations whose sums of 32 fill a row of a tile
+constexpr int kHalfSumsK = 512;                             // the same of 16
 
 inline int round_up(int k, int multiple) { return (k + multiple - 1) / multiple; }
 
 // Offsets within the memory of 16 tokens, INT8.
 struct Int8Activations {
-  size_t factors, sums, half_sums, bytes;
+  size_t steps, sums, half_sums, bytes;
 
   explicit inline Int8Activations(int k) {
-    factors = round_up(k, kChunkK) * kChunkBytes;
-    sums = factors + round_up(k, kChunkK) * kFactorBytes;
+    steps = round_up(k, kChunkK) * kChunkBytes;
+    sums = steps + round_up(k, kChunkK) * kStepBytes;
     half_sums = sums + round_up(k, kSumsK) * kTileBytes;
     bytes = half_sums + round_up(k, kHalfSumsK) * kTileBytes;
   }

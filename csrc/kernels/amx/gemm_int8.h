@@ -70,39 +70,32 @@ using TileSums = float[kMaxTileTokens][kRows];
 
 // A multiplication whose integers are still to be scaled.
 struct PendingJob {
-  int num_tokens;           // 0: none
-  float (*sums)[kRows];     // of its first token, at its first row
-  const float* factors[2];  // of its groups of tokens: [3][16 tokens], see activations.h
+  int num_tokens;                    // 0: none
+  float (*sums)[kRows];              // of its first token, at its first row
+  const float* activation_steps[2];  // of its groups of tokens: [16]
   const WeightChunk* weights;
 };
 
-// sums += step * (factor * products + half) for one group of tokens; rounded weights, `half` makes up for cutting them.
+// sums += step of the weights * step of the activations * products, for one group of tokens; rounded weights.
 template <bool kPrecise>
 inline void add_rounded(const PendingJob& job, const Products& products, int group, int num_tokens) {
-  const float* factors = job.factors[group];
+  const float* activation_steps = job.activation_steps[group];
   float (*sums)[kRows] = job.sums + group * kTileTokens;
   for (int panel = 0; panel < 2; ++panel) {
     const Floats step = load_floats(job.weights->steps[panel]);
     for (int t = 0; t < num_tokens; ++t) {
-      Ints p = load(products.tiles[group][panel][t]);
-      Floats scaled;
-      if constexpr (kPrecise) {
-        p = add_ints(shift_left<7>(p), load(products.tiles[1][panel][t]));
-        scaled =
-            multiply_add(to_floats(p), splat_float(factors[t] * 0x1p-7f), splat_float(factors[2 * kTileTokens + t]));
-      } else {
-        scaled = multiply_add(to_floats(p), splat_float(factors[t]), splat_float(factors[kTileTokens + t]));
-      }
+      Floats p = to_floats(load(products.tiles[group][panel][t]));
+      if constexpr (kPrecise) p = multiply_add(to_floats(load(products.tiles[1][panel][t])), splat_float(0x1p-7f), p);
       float* sum = sums[t] + panel * kPanelRows;
-      store_floats(sum, multiply_add(scaled, step, load_floats(sum)));
+      store_floats(sum, multiply_add(p, multiply(step, splat_float(activation_steps[t])), load_floats(sum)));
     }
   }
 }
 
-// sums += d * factor * (products of the low plane + 8 * of the high plane).
+// sums += d * step of the activations * (products of the low plane + 8 * of the high plane).
 template <bool kPrecise>
 inline void add_exact(const PendingJob& job, const Products& products, int group, int num_tokens) {
-  const float* factors = job.factors[group];
+  const float* activation_steps = job.activation_steps[group];
   float (*sums)[kRows] = job.sums + group * kTileTokens;
   const Floats d = load_floats(job.weights->steps[0]);
   const auto joined = [&](int which, int t) {
@@ -111,7 +104,7 @@ inline void add_exact(const PendingJob& job, const Products& products, int group
   for (int t = 0; t < num_tokens; ++t) {
     Floats p = joined(group, t);
     if constexpr (kPrecise) p = multiply_add(joined(1, t), splat_float(0x1p-7f), p);
-    store_floats(sums[t], multiply_add(p, multiply(d, splat_float(factors[t])), load_floats(sums[t])));
+    store_floats(sums[t], multiply_add(p, multiply(d, splat_float(activation_steps[t])), load_floats(sums[t])));
   }
 }
 
@@ -127,8 +120,8 @@ struct Multiplier {
   Products products = {};
   PendingJob in_tiles = {}, in_products = {};
 
-  // a, factors: of the chunk, in the first group of tokens. sums: of the first token, at the first row.
-  inline void multiply(const WeightChunk& weights, const uint8_t* a, const uint8_t* factors, float (*sums)[kRows]) {
+  // a, steps: of the chunk, in the first group of tokens. sums: of the first token, at the first row.
+  inline void multiply(const WeightChunk& weights, const uint8_t* a, const uint8_t* steps, float (*sums)[kRows]) {
     for (int token = 0; token < num_tokens; token += kJobTokens) {
       const int tokens = num_tokens - token < kJobTokens ? num_tokens - token : kJobTokens;
       drain();
@@ -141,10 +134,10 @@ struct Multiplier {
       scale();
       in_tiles = {tokens,
                   sums + token,
-                  {reinterpret_cast<const float*>(factors), reinterpret_cast<const float*>(factors + group_bytes)},
+                  {reinterpret_cast<const float*>(steps), reinterpret_cast<const float*>(steps + group_bytes)},
                   &weights};
       a += kJobTokens / kTileTokens * group_bytes;
-      factors += kJobTokens / kTileTokens * group_bytes;
+      steps += kJobTokens / kTileTokens * group_bytes;
     }
   }
 
@@ -211,7 +204,7 @@ inline void multiply_part(const TileGemmParams& p, const uint8_t* const (&panels
     if (made.weights == nullptr) return;
     const size_t chunk = static_cast<size_t>(made.k / kChunkK);
     multiplier.multiply(*made.weights, activations + chunk * kChunkBytes,
-                        activations + layout.factors + chunk * kFactorBytes,
+                        activations + layout.steps + chunk * kStepBytes,
                         reinterpret_cast<float (*)[kRows]>(sums[0] + made.panel * kPanelRows));
   };
 

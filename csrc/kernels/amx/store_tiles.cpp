@@ -18,8 +18,8 @@ void store_bf16(const float* x, int k_begin, int n, int token, uint8_t* group) {
   }
 }
 
-// chunk: its [high][low] planes, at the token's row; factors: [3][16 tokens], at the token. n up to 128, the rest is 0.
-void store_chunk(const float* x, int n, uint8_t* chunk, float* factors) {
+// chunk: its [high][low] planes, at the token's row. n up to 128, the rest is 0. Returns the step.
+float store_chunk(const float* x, int n, uint8_t* chunk) {
   __m512 values[kChunkK / 16];
   __m512 largest = _mm512_setzero_ps();
   bool finite = true;
@@ -33,23 +33,16 @@ void store_chunk(const float* x, int n, uint8_t* chunk, float* factors) {
   float step = max / 127.0f, inverse = 127.0f / max;
   if (!finite) step = __builtin_nanf(""), inverse = 0;
   if (max < kSmallestMax) step = 0, inverse = 0;
-  __m512i sum_high = _mm512_setzero_si512(), sum_low = _mm512_setzero_si512();
   for (int i = 0; i < kChunkK / 16; ++i) {
     const __m512 scaled = inverse == 0 ? _mm512_setzero_ps() : _mm512_mul_ps(values[i], _mm512_set1_ps(inverse));
     const __m512i high = _mm512_cvtps_epi32(scaled);
     const __m512 rest = _mm512_sub_ps(scaled, _mm512_cvtepi32_ps(high));  // exact, up to a half
     const __m512i low = _mm512_cvtps_epi32(_mm512_mul_ps(rest, _mm512_set1_ps(128)));
-    sum_high = _mm512_add_epi32(sum_high, high);
-    sum_low = _mm512_add_epi32(sum_low, low);
     uint8_t* at = chunk + i / 4 * kTileBytes + i % 4 * 16;
     _mm_storeu_si128(reinterpret_cast<__m128i*>(at), _mm512_cvtepi32_epi8(high));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(at + kPlaneBytes), _mm512_cvtepi32_epi8(low));
   }
-  const float high = static_cast<float>(_mm512_reduce_add_epi32(sum_high));
-  const float low = static_cast<float>(_mm512_reduce_add_epi32(sum_low));
-  factors[0] = step;
-  factors[kTileTokens] = 0.5f * step * high;
-  factors[2 * kTileTokens] = 0.5f * step * (high + low / 128);
+  return step;
 }
 
 inline float sum_16(const float* x) { return _mm512_reduce_add_ps(_mm512_loadu_ps(x)); }
@@ -67,8 +60,9 @@ void store_int8(const float* x, int k_begin, int n, int k, int token, uint8_t* g
   const Int8Activations layout(k);
   for (int i = 0; i < n; i += kChunkK) {
     const size_t chunk = static_cast<size_t>((k_begin + i) / kChunkK);
-    store_chunk(x + i, n - i < kChunkK ? n - i : kChunkK, group + chunk * kChunkBytes + token * kTileRowBytes,
-                reinterpret_cast<float*>(group + layout.factors + chunk * kFactorBytes) + token);
+    const float step =
+        store_chunk(x + i, n - i < kChunkK ? n - i : kChunkK, group + chunk * kChunkBytes + token * kTileRowBytes);
+    std::memcpy(group + layout.steps + chunk * kStepBytes + token * sizeof step, &step, sizeof step);
   }
   for (int i = 0; i < n; i += 32) {
     const float first = sum_16(x + i), second = sum_16(x + i + 16);

@@ -36,6 +36,8 @@ template <class Unpack>
 constexpr int code_shift() {
   int shift = 0;
   while (reach<Unpack>() << (shift + 1) <= 128) ++shift;
+  // Unsigned codes are moved before the centre is taken away.
+  static_assert(Unpack::kSigned || Unpack::kMaxCode <= 2 * Unpack::kCenter);
   return shift;
 }
 
@@ -57,16 +59,25 @@ inline Ints centred(Ints quads) {  // int8, kCenter at 0, times 2^code_shift
   return sub_bytes(shift_left<kShift>(quads), splat(0x01010101u * ((Unpack::kCenter << kShift) & 0xff)));
 }
 
-// A 16-bit factor for each group of a chunk, in both halves of the row's lane: 32767 * scale / largest scale. An int8
-// code * 256 times that, divided by 2^15, has the rounded weight in its upper byte. steps: of the weights made so.
-template <int kMaxGroups>
-inline void make_factors(const Codes& codes, int first_group, int num_groups, int shift, Ints (&factors)[kMaxGroups],
+// Products of 16 bits have the weight in the upper byte. Codes that reach less than 3/4 of int8 are doubled there.
+template <class Unpack>
+constexpr bool doubles() {
+  return (reach<Unpack>() << code_shift<Unpack>()) <= 96;
+}
+
+// A 16-bit factor for each group of a chunk, in both halves of the row's lane: its scale relative to the largest.
+// steps: what the weights made with them are in.
+template <class Unpack, int kMaxGroups>
+inline void make_factors(const Codes& codes, int first_group, int num_groups, Ints (&factors)[kMaxGroups],
                          float* steps) {
+  // int8 = code * 2^shift * factor / 2^15, twice that if doubled; 127 at most.
+  constexpr float kUnit = static_cast<float>(1 << code_shift<Unpack>());
+  constexpr float kLargestFactor = doubles<Unpack>() ? 32767 * 127 / (2 * kUnit * reach<Unpack>()) : 32767;
   Floats largest = splat_float(0x1p-120f);  // so that its inverse is finite
   for (int g = 0; g < num_groups; ++g)
     largest = _mm512_max_ps(_mm512_abs_ps(load_floats(codes.scales[first_group + g])), largest);
-  const Floats to_factor = _mm512_div_ps(splat_float(32767), largest);
-  store_floats(steps, multiply(largest, splat_float(32768.0f / 32767 / static_cast<float>(1 << shift))));
+  const Floats to_factor = _mm512_div_ps(splat_float(kLargestFactor), largest);
+  store_floats(steps, multiply(largest, splat_float(32768 / (kLargestFactor * kUnit * (doubles<Unpack>() ? 2 : 1)))));
   const Ints twice = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 0, 1, 4, 5, 4, 5, 8, 9, 8, 9, 12, 13, 12, 13));
   for (int g = 0; g < num_groups; ++g)
     factors[g] =
@@ -74,12 +85,18 @@ inline void make_factors(const Codes& codes, int first_group, int num_groups, in
 }
 
 // even, odd: codes * 256 of bytes 0 and 2, and 1 and 3, of each lane -> the four rounded weights.
+template <class Unpack>
 inline Ints round_weights(Ints even, Ints odd, Ints factor) {
+  const auto product = [&](Ints code) {
+    Ints p = _mm512_mulhrs_epi16(code, factor);
+    if (doubles<Unpack>()) p = _mm512_adds_epi16(p, p);
+    return _mm512_adds_epi16(p, _mm512_set1_epi16(128));  // to nearest; saturating: -128 times a negative factor
+  };
   // A shuffle, where a shift would do: the port of shifts is busy with multiplications.
   const Ints high_to_low =
       _mm512_broadcast_i32x4(_mm_setr_epi8(1, -1, 3, -1, 5, -1, 7, -1, 9, -1, 11, -1, 13, -1, 15, -1));
-  const Ints low_bytes = _mm512_shuffle_epi8(_mm512_mulhrs_epi16(even, factor), high_to_low);
-  return _mm512_ternarylogic_epi32(_mm512_mulhrs_epi16(odd, factor), splat(0xff00ff00), low_bytes, 0xea);  // a & b | c
+  const Ints low_bytes = _mm512_shuffle_epi8(product(even), high_to_low);
+  return _mm512_ternarylogic_epi32(product(odd), splat(0xff00ff00), low_bytes, 0xea);  // a & b | c
 }
 
 inline void store_weights(WeightChunk& weights, int quad, int which, Ints quads) {  // quad: of the chunk's 32
@@ -99,14 +116,14 @@ struct Maker {
     constexpr int kGroups = kChunkK / Unpack::kGroup, kQuads = Unpack::kGroup / 4;
     const int first_group = chunk * kGroups, num_groups = num_k / Unpack::kGroup;
     Ints factors[kGroups];
-    make_factors(codes, first_group, num_groups, code_shift<Unpack>(), factors, weights.steps[panel]);
+    make_factors<Unpack>(codes, first_group, num_groups, factors, weights.steps[panel]);
     const Ints low_to_high =
         _mm512_broadcast_i32x4(_mm_setr_epi8(-1, 0, -1, 2, -1, 4, -1, 6, -1, 8, -1, 10, -1, 12, -1, 14));
     for (int g = 0; g < num_groups; ++g)
       for (int q = 0; q < kQuads; ++q) {
         const Ints quads = centred<Unpack>(load(codes.quads[(first_group + g) * kQuads + q]));
         const Ints even = _mm512_shuffle_epi8(quads, low_to_high), odd = bit_and(quads, splat(0xff00ff00));
-        store_weights(weights, g * kQuads + q, panel, round_weights(even, odd, factors[g]));
+        store_weights(weights, g * kQuads + q, panel, round_weights<Unpack>(even, odd, factors[g]));
       }
     for (int quad = num_groups * kQuads; quad < kChunkK / 4; ++quad)  // past the end of a row
       store_weights(weights, quad, panel, zero_ints());
@@ -217,7 +234,7 @@ struct Maker<UnpackQ4_K, Planes::kRounded> {
 
   inline void make(int chunk, int, int panel, WeightChunk& weights) {
     Ints factors[4];
-    make_factors(codes, 4 * chunk, 4, code_shift<UnpackQ4_K>(), factors, weights.steps[panel]);
+    make_factors<UnpackQ4_K>(codes, 4 * chunk, 4, factors, weights.steps[panel]);
     const Ints top = splat(0xf000f000), middle = splat(0x80008000);
     // Each of the four nibbles of 16 bits to the top; less 8, as flipping the sign does.
     const auto centred_at_top = [&](Ints shifted) { return _mm512_ternarylogic_epi32(shifted, top, middle, 0x6a); };
@@ -225,10 +242,11 @@ struct Maker<UnpackQ4_K, Planes::kRounded> {
       for (int m = 0; m < 8; ++m) {
         const Ints n = load(unit(block, 16, 16 * chunk + 8 * i + m, 0));
         store_weights(weights, 16 * i + m, panel,
-                      round_weights(bit_xor(_mm512_slli_epi16(n, 12), middle), centred_at_top(_mm512_slli_epi16(n, 4)),
-                                    factors[2 * i]));
-        store_weights(weights, 16 * i + 8 + m, panel,
-                      round_weights(centred_at_top(_mm512_slli_epi16(n, 8)), centred_at_top(n), factors[2 * i + 1]));
+                      round_weights<UnpackQ4_K>(bit_xor(_mm512_slli_epi16(n, 12), middle),
+                                                centred_at_top(_mm512_slli_epi16(n, 4)), factors[2 * i]));
+        store_weights(
+            weights, 16 * i + 8 + m, panel,
+            round_weights<UnpackQ4_K>(centred_at_top(_mm512_slli_epi16(n, 8)), centred_at_top(n), factors[2 * i + 1]));
       }
   }
 };

@@ -42,7 +42,7 @@ struct GemmParams {
 enum class TileFormat : int32_t { BF16, INT8 };
 
 inline constexpr int kTileTokens = 16;    // tokens of a group
-inline constexpr int kTileGranule = 128;  // activations are stored, and K is cut, at multiples of it
+inline constexpr int kTileGranule = 256;  // activations are stored, and K is cut, at multiples of it
 
 // The tile kernels, best from TypeKernels::tile_min_tokens tokens on.
 struct TileGemmParams {

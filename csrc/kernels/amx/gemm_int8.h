@@ -1,6 +1,6 @@
 // The tile GEMM of quantised types.
 //
-// TDPBSSD and TDPBSUD add up 64 k of 16 tokens times 16 rows; after 128 k the integers are scaled and added to float32
+// TDPBSSD and TDPBSUD add up 64 k of 16 tokens times 16 rows; after 256 k the integers are scaled and added to float32
 // sums in the first level cache. Where a type has mins, what they differ from the centre of the codes is multiplied by
 // the sums of activations, as bfloat16 tiles: one more multiplication for every 16 or 8.
 //
@@ -24,23 +24,23 @@ struct alignas(64) Products {
   int32_t tiles[2][2][kTileTokens][kPanelRows];
 };
 
-// a0, a1: tiles [2][16 tokens][64] of two groups of tokens, or of the two planes of one.
+// a0, a1: tiles [4][16 tokens][64] of two groups of tokens, or of the two planes of one.
 template <Planes planes, bool kTwo>
-inline void multiply_chunk(const WeightChunk& weights, const uint8_t* a0, const uint8_t* a1) {
+inline void multiply_chunk(const WeightTiles& weights, const uint8_t* a0, const uint8_t* a1) {
   _tile_zero(0);
   _tile_zero(1);
   if constexpr (kTwo) {
     _tile_zero(2);
     _tile_zero(3);
   }
-  for (int i = 0; i < 2; ++i) {
-    _tile_loadd(6, weights.tiles[i][0], kTileRowBytes);
+  for (int i = 0; i < kChunkTiles; ++i) {
+    _tile_loadd(6, weights[i][0], kTileRowBytes);
     _tile_loadd(4, a0 + i * kTileBytes, kTileRowBytes);
     if constexpr (planes == Planes::kExact)
       _tile_dpbsud(0, 4, 6);
     else
       _tile_dpbssd(0, 4, 6);
-    _tile_loadd(7, weights.tiles[i][1], kTileRowBytes);
+    _tile_loadd(7, weights[i][1], kTileRowBytes);
     if constexpr (planes == Planes::kExact)
       _tile_dpbsud(1, 4, 7);
     else
@@ -73,7 +73,7 @@ struct PendingJob {
   int num_tokens;                    // 0: none
   float (*sums)[kRows];              // of its first token, at its first row
   const float* activation_steps[2];  // of its groups of tokens: [16]
-  const WeightChunk* weights;
+  const WeightSteps* weight_steps;
 };
 
 // sums += step of the weights * step of the activations * products, for one group of tokens; rounded weights.
@@ -82,7 +82,7 @@ inline void add_rounded(const PendingJob& job, const Products& products, int gro
   const float* activation_steps = job.activation_steps[group];
   float (*sums)[kRows] = job.sums + group * kTileTokens;
   for (int panel = 0; panel < 2; ++panel) {
-    const Floats step = load_floats(job.weights->steps[panel]);
+    const Floats step = load_floats((*job.weight_steps)[panel]);
     for (int t = 0; t < num_tokens; ++t) {
       Floats p = to_floats(load(products.tiles[group][panel][t]));
       if constexpr (kPrecise) p = multiply_add(to_floats(load(products.tiles[1][panel][t])), splat_float(0x1p-7f), p);
@@ -97,7 +97,7 @@ template <bool kPrecise>
 inline void add_exact(const PendingJob& job, const Products& products, int group, int num_tokens) {
   const float* activation_steps = job.activation_steps[group];
   float (*sums)[kRows] = job.sums + group * kTileTokens;
-  const Floats d = load_floats(job.weights->steps[0]);
+  const Floats d = load_floats((*job.weight_steps)[0]);
   const auto joined = [&](int which, int t) {
     return to_floats(add_ints(shift_left<3>(load(products.tiles[which][1][t])), load(products.tiles[which][0][t])));
   };
@@ -117,11 +117,12 @@ struct Multiplier {
 
   size_t group_bytes;
   int num_tokens;
-  Products products = {};
+  Products products;
   PendingJob in_tiles = {}, in_products = {};
 
   // a, steps: of the chunk, in the first group of tokens. sums: of the first token, at the first row.
-  inline void multiply(const WeightChunk& weights, const uint8_t* a, const uint8_t* steps, float (*sums)[kRows]) {
+  inline void multiply(const WeightTiles& weights, const WeightSteps& weight_steps, const uint8_t* a,
+                       const uint8_t* steps, float (*sums)[kRows]) {
     for (int token = 0; token < num_tokens; token += kJobTokens) {
       const int tokens = num_tokens - token < kJobTokens ? num_tokens - token : kJobTokens;
       drain();
@@ -135,7 +136,7 @@ struct Multiplier {
       in_tiles = {tokens,
                   sums + token,
                   {reinterpret_cast<const float*>(steps), reinterpret_cast<const float*>(steps + group_bytes)},
-                  &weights};
+                  &weight_steps};
       a += kJobTokens / kTileTokens * group_bytes;
       steps += kJobTokens / kTileTokens * group_bytes;
     }
@@ -165,19 +166,27 @@ struct Multiplier {
   }
 };
 
-// sums += offsets times the sums of activations, over 32 groups. a: the tile of sums of the first 16 tokens.
-inline void multiply_offsets(const uint8_t (&offsets)[2][kTileBytes], const uint8_t* a, size_t group_bytes,
-                             int num_tokens, TileSums& sums) {
+// sums += offsets times the sums of activations, over 32 groups; of the products of their halves all but the smallest.
+// a: the tiles of sums of the first 16 tokens.
+inline void multiply_offsets(const uint8_t (&upper)[2][kTileBytes], const uint8_t (&lower)[2][kTileBytes],
+                             const uint8_t* a, size_t group_bytes, int num_tokens, TileSums& sums) {
   constexpr size_t kStride = sizeof(sums[0]);
-  _tile_loadd(6, offsets[0], kTileRowBytes);
-  _tile_loadd(7, offsets[1], kTileRowBytes);
   for (int token = 0; token < num_tokens; token += kTileTokens, a += group_bytes) {
     _tile_loadd(4, a, kTileRowBytes);
+    _tile_loadd(5, a + kTileBytes, kTileRowBytes);
     _tile_loadd(0, sums[token], kStride);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_stored(0, sums[token], kStride);
     _tile_loadd(1, sums[token] + kPanelRows, kStride);
+    _tile_loadd(6, upper[0], kTileRowBytes);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, upper[1], kTileRowBytes);
     _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(0, 5, 6);
+    _tile_dpbf16ps(1, 5, 7);
+    _tile_loadd(6, lower[0], kTileRowBytes);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, lower[1], kTileRowBytes);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_stored(0, sums[token], kStride);
     _tile_stored(1, sums[token] + kPanelRows, kStride);
   }
 }
@@ -189,42 +198,38 @@ inline void multiply_part(const TileGemmParams& p, const uint8_t* const (&panels
   constexpr int kPanels = planes == Planes::kExact ? 1 : 2;  // multiplied together
   constexpr int kCenter = planes == Planes::kExact ? 0 : Unpack::kCenter;
   const Int8Activations layout(p.k);
-  alignas(64) Maker<Unpack, planes> makers[kPanels];
-  alignas(64) WeightChunk weights[3];  // being made, being multiplied, and whose steps are still needed
+  alignas(64) Maker<Unpack, planes> maker;
+  alignas(64) WeightTiles tiles[2];  // being made, and being multiplied
+  alignas(64) WeightSteps steps[3];  // and of those whose products are still to be scaled
   alignas(64) OffsetTiles offsets;
-  alignas(64) Multiplier<planes, kPrecise> multiplier = {p.group_bytes, num_tokens};
-  if constexpr (Unpack::kHasMin) std::memset(&offsets, 0, sizeof offsets);
+  alignas(64) Multiplier<planes, kPrecise> multiplier;
+  multiplier.group_bytes = p.group_bytes;
+  multiplier.num_tokens = num_tokens;
+  // Groups of the 1024 k that this call has no part in.
+  if (Unpack::kHasMin && k_end - k_begin < kSumsK) std::memset(&offsets, 0, sizeof offsets);
 
   // One behind: what was just stored is not read at once, and the tile unit works while the next weights are made.
-  struct {
-    const WeightChunk* weights;
-    int k, panel;
-  } made = {};
+  int number = 0;  // of the weights being made
+  int made_k = 0, made_panel = 0;
   const auto multiply_made = [&] {
-    if (made.weights == nullptr) return;
-    const size_t chunk = static_cast<size_t>(made.k / kChunkK);
-    multiplier.multiply(*made.weights, activations + chunk * kChunkBytes,
+    if (number == 0) return;
+    const size_t chunk = static_cast<size_t>(made_k / kChunkK);
+    multiplier.multiply(tiles[(number - 1) % 2], steps[(number - 1) % 3], activations + chunk * kChunkBytes,
                         activations + layout.steps + chunk * kStepBytes,
-                        reinterpret_cast<float (*)[kRows]>(sums[0] + made.panel * kPanelRows));
+                        reinterpret_cast<float (*)[kRows]>(sums[0] + made_panel * kPanelRows));
   };
 
-  int number = 0;
-  for (int k_block = k_begin; k_block < k_end; k_block += kMaxCodesK) {
-    const int block_k = k_end - k_block < kMaxCodesK ? k_end - k_block : kMaxCodesK;
-    const size_t block = static_cast<size_t>(k_block / Unpack::kBlock) * kPanelRows * Unpack::kBlockBytes;
+  for (int k = k_begin; k < k_end; k += kChunkK) {
+    const int chunk_k = k_end - k < kChunkK ? k_end - k : kChunkK;
+    const size_t block = static_cast<size_t>(k / Unpack::kBlock) * kPanelRows * Unpack::kBlockBytes;
     for (int panel = 0; panel < 2; panel += kPanels) {
       for (int i = 0; i < kPanels; ++i) {
-        makers[i].begin(panels[panel + i] + block, block_k);
+        maker.make(panels[panel + i] + block, chunk_k, i, tiles[number % 2], steps[number % 3]);
         if constexpr (Unpack::kHasMin)
-          make_offsets(makers[i].codes, kCenter, block_k / Unpack::kGroup, k_block % kSumsK / Unpack::kGroup, panel + i,
-                       offsets);
+          make_offsets(maker.codes, kCenter, chunk_k / Unpack::kGroup, k % kSumsK / Unpack::kGroup, panel + i, offsets);
       }
-      for (int k = k_block; k < k_block + block_k; k += kChunkK, ++number) {
-        const int chunk_k = k_end - k < kChunkK ? k_end - k : kChunkK;
-        for (int i = 0; i < kPanels; ++i) makers[i].make((k - k_block) / kChunkK, chunk_k, i, weights[number % 3]);
-        multiply_made();
-        made = {&weights[number % 3], k, panel};
-      }
+      multiply_made();
+      ++number, made_k = k, made_panel = panel;
     }
   }
   multiply_made();
@@ -235,8 +240,8 @@ inline void multiply_part(const TileGemmParams& p, const uint8_t* const (&panels
     for (int i = 0; i < kSumsK / kTileOffsetK; ++i) {
       const int tile_k = k_begin / kSumsK * kSumsK + i * kTileOffsetK;
       if (tile_k >= k_end) break;
-      multiply_offsets(offsets.tiles[i], a + static_cast<size_t>(tile_k / kTileOffsetK) * kTileBytes, p.group_bytes,
-                       num_tokens, sums);
+      multiply_offsets(offsets.upper[i], offsets.lower[i], a + static_cast<size_t>(tile_k / kTileOffsetK) * kSumsBytes,
+                       p.group_bytes, num_tokens, sums);
     }
   }
 }

@@ -18,7 +18,7 @@ void store_bf16(const float* x, int k_begin, int n, int token, uint8_t* group) {
   }
 }
 
-// chunk: its [high][low] planes, at the token's row. n up to 128, the rest is 0. Returns the step.
+// chunk: its [high][low] planes, at the token's row. n up to 256, the rest is 0. Returns the step.
 float store_chunk(const float* x, int n, uint8_t* chunk) {
   __m512 values[kChunkK / 16];
   __m512 largest = _mm512_setzero_ps();
@@ -47,13 +47,27 @@ float store_chunk(const float* x, int n, uint8_t* chunk) {
 
 inline float sum_16(const float* x) { return _mm512_reduce_add_ps(_mm512_loadu_ps(x)); }
 
-inline void store_bf16_at(uint8_t* tiles, int i, int token, float value) {  // element i of the token's row of sums
+// To nearest even; a NaN stays one.
+inline uint16_t round_to_bf16(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
-  // To nearest even; a NaN stays one, for its upper half keeps the quiet bit, and the chunk's step is NaN anyway.
   const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
-  const uint16_t half = static_cast<uint16_t>((nan ? bits | 0x400000u : bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-  std::memcpy(tiles + static_cast<size_t>(i / 32) * kTileBytes + token * kTileRowBytes + i % 32 * 2, &half, 2);
+  return static_cast<uint16_t>((nan ? bits | 0x400000u : bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+inline float from_bf16(uint16_t half) {
+  const uint32_t bits = static_cast<uint32_t>(half) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// Element i of the token's row of sums. tiles: [i / 32][upper, lower].
+inline void store_sum(uint8_t* tiles, int i, int token, float value) {
+  const uint16_t upper = round_to_bf16(value), lower = round_to_bf16(value - from_bf16(upper));
+  uint8_t* at = tiles + static_cast<size_t>(i / 32) * kSumsBytes + token * kTileRowBytes + i % 32 * 2;
+  std::memcpy(at, &upper, 2);
+  std::memcpy(at + kTileBytes, &lower, 2);
 }
 
 void store_int8(const float* x, int k_begin, int n, int k, int token, uint8_t* group) {
@@ -66,14 +80,14 @@ void store_int8(const float* x, int k_begin, int n, int k, int token, uint8_t* g
   }
   for (int i = 0; i < n; i += 32) {
     const float first = sum_16(x + i), second = sum_16(x + i + 16);
-    store_bf16_at(group + layout.half_sums, (k_begin + i) / 16, token, first);
-    store_bf16_at(group + layout.half_sums, (k_begin + i) / 16 + 1, token, second);
-    store_bf16_at(group + layout.sums, (k_begin + i) / 32, token, first + second);
+    store_sum(group + layout.half_sums, (k_begin + i) / 16, token, first);
+    store_sum(group + layout.half_sums, (k_begin + i) / 16 + 1, token, second);
+    store_sum(group + layout.sums, (k_begin + i) / 32, token, first + second);
   }
   if (k_begin + n < k) return;
   // Tiles of sums are multiplied whole, by offsets of 0 past the end: nothing there may be a NaN.
-  for (int i = k / 16; i < round_up(k, kHalfSumsK) * 32; ++i) store_bf16_at(group + layout.half_sums, i, token, 0);
-  for (int i = k / 32; i < round_up(k, kSumsK) * 32; ++i) store_bf16_at(group + layout.sums, i, token, 0);
+  for (int i = k / 16; i < round_up(k, kHalfSumsK) * 32; ++i) store_sum(group + layout.half_sums, i, token, 0);
+  for (int i = k / 32; i < round_up(k, kSumsK) * 32; ++i) store_sum(group + layout.sums, i, token, 0);
 }
 
 }  // namespace

@@ -10,7 +10,7 @@
 namespace kt::KT_ISA_NAMESPACE {
 namespace {
 
-// Two ways to make 128 weights of a row into int8 with one step.
+// Two ways to make 256 weights of a row into int8 with one step.
 //
 // kRounded, any type: a 16-bit multiplication a code, weight = step * (int8 + 1/2 +- 1/2). The half is added later,
 // through the sum of the activations. kExact, types whose scales are small integers: scale = 8 * high + low makes two
@@ -41,15 +41,15 @@ constexpr int code_shift() {
   return shift;
 }
 
-// 128 k: of two panels when rounded, of the two planes (low, high) of one panel when exact.
-struct alignas(64) WeightChunk {
-  uint8_t tiles[2][2][kTileBytes];  // [64 k][panel or plane]: [k / 4][16 rows][4]
-  float steps[2][kPanelRows];       // [panel][row]
-};
+// 256 k: of two panels when rounded, of the two planes (low, high) of one panel when exact. [k / 4][16 rows][4]
+using WeightTiles = uint8_t[kChunkTiles][2][kTileBytes];
+using WeightSteps = float[2][kPanelRows];  // [panel][row]; exact: [0] only
 
-// For each 32 groups of a panel: the negative of min - center * scale, in bfloat16 [group / 2][16 rows][2]. 1024 k.
+// For each 32 groups of a panel: the negative of min - center * scale as the sum of two bfloat16, 16 bits in all, each
+// [group / 2][16 rows][2]. For 1024 k.
 struct alignas(64) OffsetTiles {
-  uint8_t tiles[2][2][kTileBytes];  // [32 groups][panel]
+  uint8_t upper[2][2][kTileBytes];  // [32 groups][panel]
+  uint8_t lower[2][2][kTileBytes];
 };
 
 template <class Unpack>
@@ -65,23 +65,20 @@ constexpr bool doubles() {
   return (reach<Unpack>() << code_shift<Unpack>()) <= 96;
 }
 
-// A 16-bit factor for each group of a chunk, in both halves of the row's lane: its scale relative to the largest.
+// A 16-bit factor for each group, in both halves of the row's lane: its scale relative to the largest.
 // steps: what the weights made with them are in.
 template <class Unpack, int kMaxGroups>
-inline void make_factors(const Codes& codes, int first_group, int num_groups, Ints (&factors)[kMaxGroups],
-                         float* steps) {
+inline void make_factors(const Codes& codes, int num_groups, Ints (&factors)[kMaxGroups], float* steps) {
   // int8 = code * 2^shift * factor / 2^15, twice that if doubled; 127 at most.
   constexpr float kUnit = static_cast<float>(1 << code_shift<Unpack>());
   constexpr float kLargestFactor = doubles<Unpack>() ? 32767 * 127 / (2 * kUnit * reach<Unpack>()) : 32767;
   Floats largest = splat_float(0x1p-120f);  // so that its inverse is finite
-  for (int g = 0; g < num_groups; ++g)
-    largest = _mm512_max_ps(_mm512_abs_ps(load_floats(codes.scales[first_group + g])), largest);
+  for (int g = 0; g < num_groups; ++g) largest = _mm512_max_ps(_mm512_abs_ps(load_floats(codes.scales[g])), largest);
   const Floats to_factor = _mm512_div_ps(splat_float(kLargestFactor), largest);
   store_floats(steps, multiply(largest, splat_float(32768 / (kLargestFactor * kUnit * (doubles<Unpack>() ? 2 : 1)))));
   const Ints twice = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 0, 1, 4, 5, 4, 5, 8, 9, 8, 9, 12, 13, 12, 13));
   for (int g = 0; g < num_groups; ++g)
-    factors[g] =
-        _mm512_shuffle_epi8(_mm512_cvtps_epi32(multiply(load_floats(codes.scales[first_group + g]), to_factor)), twice);
+    factors[g] = _mm512_shuffle_epi8(_mm512_cvtps_epi32(multiply(load_floats(codes.scales[g]), to_factor)), twice);
 }
 
 // even, odd: codes * 256 of bytes 0 and 2, and 1 and 3, of each lane -> the four rounded weights.
@@ -99,34 +96,33 @@ inline Ints round_weights(Ints even, Ints odd, Ints factor) {
   return _mm512_ternarylogic_epi32(product(odd), splat(0xff00ff00), low_bytes, 0xea);  // a & b | c
 }
 
-inline void store_weights(WeightChunk& weights, int quad, int which, Ints quads) {  // quad: of the chunk's 32
-  store(weights.tiles[quad / 16][which] + quad % 16 * kTileRowBytes, quads);
+inline void store_weights(WeightTiles& tiles, unsigned quad, int which, Ints quads) {  // quad: of the chunk's 64
+  store(tiles[quad / 16][which] + quad % 16 * kTileRowBytes, quads);
 }
 
-// Makes the weights of one panel, 256 k (a block) at a time. begin(), then make() for each of its chunks.
+// Makes the weights of one panel, 256 k (a chunk) at a time. Leaves the scales and mins in codes.
 template <class Unpack, Planes planes>
 struct Maker {
   Codes codes;
 
-  // block: where the first of num_k <= 256 k stands in the panel.
-  inline void begin(const uint8_t* block, int num_k) { unpack_chunk<Unpack>(block, num_k, codes); }
-
-  // Chunk 0 or 1 of the block; num_k <= 128. panel: 0 or 1 of those in `weights`.
-  inline void make(int chunk, int num_k, int panel, WeightChunk& weights) {
-    constexpr int kGroups = kChunkK / Unpack::kGroup, kQuads = Unpack::kGroup / 4;
-    const int first_group = chunk * kGroups, num_groups = num_k / Unpack::kGroup;
-    Ints factors[kGroups];
-    make_factors<Unpack>(codes, first_group, num_groups, factors, weights.steps[panel]);
+  // block: where the first of num_k <= 256 k stands in the panel. panel: 0 or 1 of those in tiles and steps.
+  inline void make(const uint8_t* block, int num_k, int panel, WeightTiles& tiles, WeightSteps& steps) {
+    constexpr int kQuads = Unpack::kGroup / 4;
+    unpack_chunk<Unpack>(block, num_k, codes);
+    const int num_groups = num_k / Unpack::kGroup;
+    Ints factors[kChunkK / Unpack::kGroup];
+    make_factors<Unpack>(codes, num_groups, factors, steps[panel]);
     const Ints low_to_high =
         _mm512_broadcast_i32x4(_mm_setr_epi8(-1, 0, -1, 2, -1, 4, -1, 6, -1, 8, -1, 10, -1, 12, -1, 14));
     for (int g = 0; g < num_groups; ++g)
+#pragma GCC unroll 8
       for (int q = 0; q < kQuads; ++q) {
-        const Ints quads = centred<Unpack>(load(codes.quads[(first_group + g) * kQuads + q]));
+        const Ints quads = centred<Unpack>(load(codes.quads[g * kQuads + q]));
         const Ints even = _mm512_shuffle_epi8(quads, low_to_high), odd = bit_and(quads, splat(0xff00ff00));
-        store_weights(weights, g * kQuads + q, panel, round_weights<Unpack>(even, odd, factors[g]));
+        store_weights(tiles, g * kQuads + q, panel, round_weights<Unpack>(even, odd, factors[g]));
       }
     for (int quad = num_groups * kQuads; quad < kChunkK / 4; ++quad)  // past the end of a row
-      store_weights(weights, quad, panel, zero_ints());
+      store_weights(tiles, quad, panel, zero_ints());
   }
 };
 
@@ -137,10 +133,15 @@ inline void make_offsets(const Codes& codes, int center, int num_groups, int gro
   const auto offset = [&](int g) {
     return _mm512_fmsub_ps(load_floats(codes.scales[g]), center_code, load_floats(codes.mins[g]));
   };
+  const auto to_bf16 = [](Floats v) { return _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v))); };
   for (int g = 0; g < num_groups; g += 2, group += 2) {
-    const Ints even = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(offset(g))));
-    const Ints odd = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(offset(g + 1))));
-    store(offsets.tiles[group / 32][panel] + group % 32 / 2 * kTileRowBytes, bit_or(even, shift_left<16>(odd)));
+    const Floats even = offset(g), odd = offset(g + 1);
+    const Ints even_upper = to_bf16(even), odd_upper = shift_left<16>(to_bf16(odd));
+    const Floats even_rest = _mm512_sub_ps(even, as_floats(shift_left<16>(even_upper)));
+    const Floats odd_rest = _mm512_sub_ps(odd, as_floats(odd_upper));
+    const size_t at = static_cast<size_t>(group % 32 / 2) * kTileRowBytes;
+    store(offsets.upper[group / 32][panel] + at, bit_or(even_upper, odd_upper));
+    store(offsets.lower[group / 32][panel] + at, bit_or(to_bf16(even_rest), shift_left<16>(to_bf16(odd_rest))));
   }
 }
 
@@ -159,9 +160,9 @@ inline void load_integer_scales(const uint8_t* block, IntegerScales& out) {
   out.d = load_f16(unit<2>(block, 0, 0, 0));
 }
 
-inline void store_planes(WeightChunk& weights, int quad, Ints codes, Ints low, Ints high) {
-  store_weights(weights, quad, 0, _mm512_mullo_epi16(codes, low));
-  store_weights(weights, quad, 1, _mm512_mullo_epi16(codes, high));
+inline void store_planes(WeightTiles& tiles, int quad, Ints codes, Ints low, Ints high) {
+  store_weights(tiles, quad, 0, _mm512_mullo_epi16(codes, low));
+  store_weights(tiles, quad, 1, _mm512_mullo_epi16(codes, high));
 }
 
 inline Ints low_scale(Ints scale) { return bit_and(scale, splat(0x00070007)); }
@@ -175,19 +176,15 @@ inline void prefetch_block(const uint8_t* block, size_t bytes) {
 template <>
 struct Maker<UnpackQ5_K, Planes::kExact> {
   Codes codes;
-  IntegerScales scales;
 
-  inline void begin(const uint8_t* block, int num_k) {
+  inline void make(const uint8_t* block, int num_k, int, WeightTiles& tiles, WeightSteps& steps) {
     unpack_chunk<UnpackQ5_K>(block, num_k, codes);
+    IntegerScales scales;
     load_integer_scales(block, scales);
-  }
-
-  inline void make(int chunk, int, int, WeightChunk& weights) {
-    store_floats(weights.steps[0], scales.d);
-    for (int g = 0; g < 4; ++g) {
-      const Ints scale = scales.scales[4 * chunk + g], low = low_scale(scale), high = high_scale(scale);
-      for (int q = 0; q < 8; ++q)
-        store_planes(weights, 8 * g + q, load(codes.quads[32 * chunk + 8 * g + q]), low, high);
+    store_floats(steps[0], scales.d);
+    for (int g = 0; g < 8; ++g) {
+      const Ints low = low_scale(scales.scales[g]), high = high_scale(scales.scales[g]);
+      for (int q = 0; q < 8; ++q) store_planes(tiles, 8 * g + q, load(codes.quads[8 * g + q]), low, high);
     }
   }
 };
@@ -196,26 +193,21 @@ struct Maker<UnpackQ5_K, Planes::kExact> {
 template <>
 struct Maker<UnpackQ4_K, Planes::kExact> {
   Codes codes;  // scales and mins only
-  IntegerScales scales;
-  const uint8_t* block;
 
-  inline void begin(const uint8_t* at, int) {
-    block = at;
+  inline void make(const uint8_t* block, int, int, WeightTiles& tiles, WeightSteps& steps) {
     prefetch_block(block, size_t{kPanelRows} * UnpackQ4_K::kBlockBytes);
     store_scales_k4(codes, block, 0);
+    IntegerScales scales;
     load_integer_scales(block, scales);
-  }
-
-  inline void make(int chunk, int, int, WeightChunk& weights) {
-    store_floats(weights.steps[0], scales.d);
-    for (int i = 0; i < 2; ++i) {  // 64 k: a group of low nibbles, a group of high ones
-      const Ints first = scales.scales[4 * chunk + 2 * i], second = scales.scales[4 * chunk + 2 * i + 1];
-      const Ints low_1 = low_scale(first), high_1 = high_scale(first);
-      const Ints low_2 = low_scale(second), high_2 = high_scale(second);
+    store_floats(steps[0], scales.d);
+    for (int i = 0; i < 4; ++i) {  // 64 k: a group of low nibbles, a group of high ones
+      const Ints low_1 = low_scale(scales.scales[2 * i]), high_1 = high_scale(scales.scales[2 * i]);
+      const Ints low_2 = low_scale(scales.scales[2 * i + 1]), high_2 = high_scale(scales.scales[2 * i + 1]);
+#pragma GCC unroll 8
       for (int m = 0; m < 8; ++m) {
-        const Ints nibbles = load(unit(block, 16, 16 * chunk + 8 * i + m, 0));
-        store_planes(weights, 16 * i + m, low_nibbles(nibbles), low_1, high_1);
-        store_planes(weights, 16 * i + 8 + m, high_nibbles(nibbles), low_2, high_2);
+        const Ints nibbles = load(unit(block, 16, 8 * i + m, 0));
+        store_planes(tiles, 16 * i + m, low_nibbles(nibbles), low_1, high_1);
+        store_planes(tiles, 16 * i + 8 + m, high_nibbles(nibbles), low_2, high_2);
       }
     }
   }
@@ -224,28 +216,24 @@ struct Maker<UnpackQ4_K, Planes::kExact> {
 template <>
 struct Maker<UnpackQ4_K, Planes::kRounded> {
   Codes codes;  // scales and mins only
-  const uint8_t* block;
 
-  inline void begin(const uint8_t* at, int) {
-    block = at;
+  inline void make(const uint8_t* block, int, int panel, WeightTiles& tiles, WeightSteps& steps) {
     prefetch_block(block, size_t{kPanelRows} * UnpackQ4_K::kBlockBytes);
     store_scales_k4(codes, block, 0);
-  }
-
-  inline void make(int chunk, int, int panel, WeightChunk& weights) {
-    Ints factors[4];
-    make_factors<UnpackQ4_K>(codes, 4 * chunk, 4, factors, weights.steps[panel]);
+    Ints factors[8];
+    make_factors<UnpackQ4_K>(codes, 8, factors, steps[panel]);
     const Ints top = splat(0xf000f000), middle = splat(0x80008000);
     // Each of the four nibbles of 16 bits to the top; less 8, as flipping the sign does.
     const auto centred_at_top = [&](Ints shifted) { return _mm512_ternarylogic_epi32(shifted, top, middle, 0x6a); };
-    for (int i = 0; i < 2; ++i)
+    for (int i = 0; i < 4; ++i)
+#pragma GCC unroll 8
       for (int m = 0; m < 8; ++m) {
-        const Ints n = load(unit(block, 16, 16 * chunk + 8 * i + m, 0));
-        store_weights(weights, 16 * i + m, panel,
+        const Ints n = load(unit(block, 16, 8 * i + m, 0));
+        store_weights(tiles, 16 * i + m, panel,
                       round_weights<UnpackQ4_K>(bit_xor(_mm512_slli_epi16(n, 12), middle),
                                                 centred_at_top(_mm512_slli_epi16(n, 4)), factors[2 * i]));
         store_weights(
-            weights, 16 * i + 8 + m, panel,
+            tiles, 16 * i + 8 + m, panel,
             round_weights<UnpackQ4_K>(centred_at_top(_mm512_slli_epi16(n, 8)), centred_at_top(n), factors[2 * i + 1]));
       }
   }

@@ -39,7 +39,11 @@ struct GemmParams {
 };
 
 // How tile kernels want activations: tokens of one expert in groups of 16, in memory only the table understands.
-enum class TileFormat : int32_t { BF16, INT8 };
+enum class TileFormat : int32_t {
+  BF16,
+  INT8_256,  // one step for 256 activations
+  INT8_128   // one for 128: for types that lose more when their weights are rounded
+};
 
 inline constexpr int kTileTokens = 16;    // tokens of a group
 inline constexpr int kTileGranule = 256;  // activations are stored, and K is cut, at multiples of it

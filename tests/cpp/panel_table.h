@@ -79,7 +79,7 @@ inline void store_tile_row(TileFormat format, const float* x, int k_begin, int n
 inline size_t tile_group_bytes(TileFormat, int k) { return size_t(kTileTokens) * k * 2; }
 
 constexpr TileFormat tile_format(GgmlType type) {
-  return type == GgmlType::F32 || type == GgmlType::F16 ? TileFormat::BF16 : TileFormat::INT8;
+  return type == GgmlType::F32 || type == GgmlType::F16 ? TileFormat::BF16 : TileFormat::INT8_256;
 }
 
 template <GgmlType type>

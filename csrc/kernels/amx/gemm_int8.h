@@ -1,8 +1,8 @@
 // The tile GEMM of quantised types.
 //
-// TDPBSSD and TDPBSUD add up 64 k of 16 tokens times 16 rows; after 256 k the integers are scaled and added to float32
-// sums in the first level cache. Where a type has mins, what they differ from the centre of the codes is multiplied by
-// the sums of activations, as bfloat16 tiles: one more multiplication for every 16 or 8.
+// TDPBSSD and TDPBSUD add up 64 k of 16 tokens times 16 rows; after a chunk of 128 or 256 k the integers are scaled and
+// added to float32 sums in the first level cache. Where a type has mins, what they differ from the centre of the codes
+// is multiplied by the sums of activations, as bfloat16 tiles: one more multiplication for every 16 or 8.
 //
 // Work is laid out for the tile unit and the vector units to be busy at once: the tiles of one job are multiplied while
 // the integers of the job before are scaled and the weights of the next chunk are made.
@@ -24,8 +24,8 @@ struct alignas(64) Products {
   int32_t tiles[2][2][kTileTokens][kPanelRows];
 };
 
-// a0, a1: tiles [4][16 tokens][64] of two groups of tokens, or of the two planes of one.
-template <Planes planes, bool kTwo>
+// a0, a1: tiles [kTiles][16 tokens][64] of two groups of tokens, or of the two planes of one.
+template <Planes planes, int kTiles, bool kTwo>
 inline void multiply_chunk(const WeightTiles& weights, const uint8_t* a0, const uint8_t* a1) {
   _tile_zero(0);
   _tile_zero(1);
@@ -33,7 +33,7 @@ inline void multiply_chunk(const WeightTiles& weights, const uint8_t* a0, const 
     _tile_zero(2);
     _tile_zero(3);
   }
-  for (int i = 0; i < kChunkTiles; ++i) {
+  for (int i = 0; i < kTiles; ++i) {
     _tile_loadd(6, weights[i][0], kTileRowBytes);
     _tile_loadd(4, a0 + i * kTileBytes, kTileRowBytes);
     if constexpr (planes == Planes::kExact)
@@ -111,7 +111,7 @@ inline void add_exact(const PendingJob& job, const Products& products, int group
 // Multiplies chunks with all tokens. Storing a tile waits for its multiplications, and holds up everything behind it in
 // the reorder buffer: so a job's tiles are stored when the next begins, and the vector work of scaling the job before,
 // and of making weights, stands between.
-template <Planes planes, bool kPrecise>
+template <Planes planes, int kChunkK, bool kPrecise>
 struct Multiplier {
   static constexpr int kJobTokens = kPrecise ? kTileTokens : 2 * kTileTokens;
 
@@ -127,11 +127,11 @@ struct Multiplier {
       const int tokens = num_tokens - token < kJobTokens ? num_tokens - token : kJobTokens;
       drain();
       if constexpr (kPrecise)
-        multiply_chunk<planes, true>(weights, a, a + kPlaneBytes);
+        multiply_chunk<planes, kChunkK / 64, true>(weights, a, a + plane_bytes(kChunkK));
       else if (tokens > kTileTokens)
-        multiply_chunk<planes, true>(weights, a, a + group_bytes);
+        multiply_chunk<planes, kChunkK / 64, true>(weights, a, a + group_bytes);
       else
-        multiply_chunk<planes, false>(weights, a, a);
+        multiply_chunk<planes, kChunkK / 64, false>(weights, a, a);
       scale();
       in_tiles = {tokens,
                   sums + token,
@@ -197,12 +197,13 @@ inline void multiply_part(const TileGemmParams& p, const uint8_t* const (&panels
                           int num_tokens, int k_begin, int k_end, TileSums& sums) {
   constexpr int kPanels = planes == Planes::kExact ? 1 : 2;  // multiplied together
   constexpr int kCenter = planes == Planes::kExact ? 0 : Unpack::kCenter;
-  const Int8Activations layout(p.k);
-  alignas(64) Maker<Unpack, planes> maker;
+  constexpr int kChunkK = kChunkOf<Unpack>;
+  const Int8Activations layout(p.k, kChunkK);
+  alignas(64) Maker<Unpack, planes> makers[kPanels];
   alignas(64) WeightTiles tiles[2];  // being made, and being multiplied
   alignas(64) WeightSteps steps[3];  // and of those whose products are still to be scaled
   alignas(64) OffsetTiles offsets;
-  alignas(64) Multiplier<planes, kPrecise> multiplier;
+  alignas(64) Multiplier<planes, kChunkK, kPrecise> multiplier;
   multiplier.group_bytes = p.group_bytes;
   multiplier.num_tokens = num_tokens;
   // Groups of the 1024 k that this call has no part in.
@@ -214,19 +215,19 @@ inline void multiply_part(const TileGemmParams& p, const uint8_t* const (&panels
   const auto multiply_made = [&] {
     if (number == 0) return;
     const size_t chunk = static_cast<size_t>(made_k / kChunkK);
-    multiplier.multiply(tiles[(number - 1) % 2], steps[(number - 1) % 3], activations + chunk * kChunkBytes,
+    multiplier.multiply(tiles[(number - 1) % 2], steps[(number - 1) % 3], activations + chunk * chunk_bytes(kChunkK),
                         activations + layout.steps + chunk * kStepBytes,
                         reinterpret_cast<float (*)[kRows]>(sums[0] + made_panel * kPanelRows));
   };
 
   for (int k = k_begin; k < k_end; k += kChunkK) {
     const int chunk_k = k_end - k < kChunkK ? k_end - k : kChunkK;
-    const size_t block = static_cast<size_t>(k / Unpack::kBlock) * kPanelRows * Unpack::kBlockBytes;
     for (int panel = 0; panel < 2; panel += kPanels) {
       for (int i = 0; i < kPanels; ++i) {
-        maker.make(panels[panel + i] + block, chunk_k, i, tiles[number % 2], steps[number % 3]);
+        makers[i].make(panels[panel + i], k, chunk_k, i, tiles[number % 2], steps[number % 3]);
         if constexpr (Unpack::kHasMin)
-          make_offsets(maker.codes, kCenter, chunk_k / Unpack::kGroup, k % kSumsK / Unpack::kGroup, panel + i, offsets);
+          make_offsets(makers[i].codes, kCenter, chunk_k / Unpack::kGroup, k % kSumsK / Unpack::kGroup, panel + i,
+                       offsets);
       }
       multiply_made();
       ++number, made_k = k, made_panel = panel;

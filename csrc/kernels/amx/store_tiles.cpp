@@ -18,7 +18,9 @@ void store_bf16(const float* x, int k_begin, int n, int token, uint8_t* group) {
   }
 }
 
-// chunk: its [high][low] planes, at the token's row. n up to 256, the rest is 0. Returns the step.
+// chunk: its [high][low] planes, at the token's row. n up to kChunkK, the rest is 0. Returns the
+// step.
+template <int kChunkK>
 float store_chunk(const float* x, int n, uint8_t* chunk) {
   __m512 values[kChunkK / 16];
   __m512 largest = _mm512_setzero_ps();
@@ -40,7 +42,7 @@ float store_chunk(const float* x, int n, uint8_t* chunk) {
     const __m512i low = _mm512_cvtps_epi32(_mm512_mul_ps(rest, _mm512_set1_ps(128)));
     uint8_t* at = chunk + i / 4 * kTileBytes + i % 4 * 16;
     _mm_storeu_si128(reinterpret_cast<__m128i*>(at), _mm512_cvtepi32_epi8(high));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(at + kPlaneBytes), _mm512_cvtepi32_epi8(low));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(at + plane_bytes(kChunkK)), _mm512_cvtepi32_epi8(low));
   }
   return step;
 }
@@ -70,12 +72,13 @@ inline void store_sum(uint8_t* tiles, int i, int token, float value) {
   std::memcpy(at + kTileBytes, &lower, 2);
 }
 
+template <int kChunkK>
 void store_int8(const float* x, int k_begin, int n, int k, int token, uint8_t* group) {
-  const Int8Activations layout(k);
+  const Int8Activations layout(k, kChunkK);
   for (int i = 0; i < n; i += kChunkK) {
     const size_t chunk = static_cast<size_t>((k_begin + i) / kChunkK);
-    const float step =
-        store_chunk(x + i, n - i < kChunkK ? n - i : kChunkK, group + chunk * kChunkBytes + token * kTileRowBytes);
+    const float step = store_chunk<kChunkK>(x + i, n - i < kChunkK ? n - i : kChunkK,
+                                            group + chunk * chunk_bytes(kChunkK) + token * kTileRowBytes);
     std::memcpy(group + layout.steps + chunk * kStepBytes + token * sizeof step, &step, sizeof step);
   }
   for (int i = 0; i < n; i += 32) {
@@ -93,14 +96,26 @@ void store_int8(const float* x, int k_begin, int n, int k, int token, uint8_t* g
 }  // namespace
 
 size_t tile_group_bytes(TileFormat format, int k) {
-  return format == TileFormat::INT8 ? Int8Activations(k).bytes : static_cast<size_t>(k / 32) * kTileBytes;
+  switch (format) {
+    case TileFormat::BF16:
+      return static_cast<size_t>(k / 32) * kTileBytes;
+    case TileFormat::INT8_256:
+      return Int8Activations(k, 256).bytes;
+    case TileFormat::INT8_128:
+      return Int8Activations(k, 128).bytes;
+  }
+  return 0;
 }
 
 void store_tile_row(TileFormat format, const float* x, int k_begin, int n, int k, int token, uint8_t* group) {
-  if (format == TileFormat::INT8)
-    store_int8(x, k_begin, n, k, token, group);
-  else
-    store_bf16(x, k_begin, n, token, group);
+  switch (format) {
+    case TileFormat::BF16:
+      return store_bf16(x, k_begin, n, token, group);
+    case TileFormat::INT8_256:
+      return store_int8<256>(x, k_begin, n, k, token, group);
+    case TileFormat::INT8_128:
+      return store_int8<128>(x, k_begin, n, k, token, group);
+  }
 }
 
 }  // namespace kt::KT_ISA_NAMESPACE

@@ -1,7 +1,10 @@
 #include "kernels/activation_blocks.h"
 #include "kernels/amx/kernels.h"
+#include "kernels/amx/weights_int8.h"
 #include "kernels/cpu_features.h"
 #include "kernels/panel.h"
+#include "kernels/panel/unpack_32.h"
+#include "kernels/panel/unpack_iq.h"
 
 namespace kt::KT_ISA_NAMESPACE {
 
@@ -9,6 +12,9 @@ namespace {
 
 // With fewer tokens the vector kernels are faster; measured, see benchmarks/RESULTS.md.
 constexpr int kMinTokensInt = 12, kMinTokensFloat = 4;
+
+template <class Unpack>
+constexpr TileFormat kFormatOf = kChunkOf<Unpack> == 256 ? TileFormat::INT8_256 : TileFormat::INT8_128;
 
 #define KT_FLOAT_ENTRY(type)      \
   {GgmlType::type,                \
@@ -30,7 +36,7 @@ constexpr int kMinTokensInt = 12, kMinTokensFloat = 4;
    avx512_vnni::gemm_##type,      \
    kPanelRows,                    \
    tile_gemm_##type,              \
-   TileFormat::INT8,              \
+   kFormatOf<Unpack##type>,       \
    kMinTokensInt},
 
 constexpr TypeKernels kTypes[] = {KT_FLOAT_TYPES(KT_FLOAT_ENTRY) KT_INT_TYPES(KT_INT_ENTRY)};

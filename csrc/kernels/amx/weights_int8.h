@@ -10,7 +10,7 @@
 namespace kt::KT_ISA_NAMESPACE {
 namespace {
 
-// Two ways to make 256 weights of a row into int8 with one step.
+// Two ways to make the weights of a chunk (128 or 256 of a row) into int8 with one step.
 //
 // kRounded, any type: a 16-bit multiplication a code, weight = step * (int8 + 1/2 +- 1/2). The half is added later,
 // through the sum of the activations. kExact, types whose scales are small integers: scale = 8 * high + low makes two
@@ -41,8 +41,13 @@ constexpr int code_shift() {
   return shift;
 }
 
-// 256 k: of two panels when rounded, of the two planes (low, high) of one panel when exact. [k / 4][16 rows][4]
-using WeightTiles = uint8_t[kChunkTiles][2][kTileBytes];
+// k that share a step. Types with mins have their offsets apart, so their rounded part is small beside the weights and
+// may share one step in 256; others get as good with 128.
+template <class Unpack>
+constexpr int kChunkOf = Unpack::kHasMin ? 256 : 128;
+
+// [64 k][panel when rounded; plane (low, high) when exact]: [k / 4][16 rows][4]. Up to 256 k.
+using WeightTiles = uint8_t[4][2][kTileBytes];
 using WeightSteps = float[2][kPanelRows];  // [panel][row]; exact: [0] only
 
 // For each 32 groups of a panel: the negative of min - center * scale as the sum of two bfloat16, 16 bits in all, each
@@ -68,17 +73,20 @@ constexpr bool doubles() {
 // A 16-bit factor for each group, in both halves of the row's lane: its scale relative to the largest.
 // steps: what the weights made with them are in.
 template <class Unpack, int kMaxGroups>
-inline void make_factors(const Codes& codes, int num_groups, Ints (&factors)[kMaxGroups], float* steps) {
+inline void make_factors(const Codes& codes, int first_group, int num_groups, Ints (&factors)[kMaxGroups],
+                         float* steps) {
   // int8 = code * 2^shift * factor / 2^15, twice that if doubled; 127 at most.
   constexpr float kUnit = static_cast<float>(1 << code_shift<Unpack>());
   constexpr float kLargestFactor = doubles<Unpack>() ? 32767 * 127 / (2 * kUnit * reach<Unpack>()) : 32767;
   Floats largest = splat_float(0x1p-120f);  // so that its inverse is finite
-  for (int g = 0; g < num_groups; ++g) largest = _mm512_max_ps(_mm512_abs_ps(load_floats(codes.scales[g])), largest);
+  for (int g = 0; g < num_groups; ++g)
+    largest = _mm512_max_ps(_mm512_abs_ps(load_floats(codes.scales[first_group + g])), largest);
   const Floats to_factor = _mm512_div_ps(splat_float(kLargestFactor), largest);
   store_floats(steps, multiply(largest, splat_float(32768 / (kLargestFactor * kUnit * (doubles<Unpack>() ? 2 : 1)))));
   const Ints twice = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 0, 1, 4, 5, 4, 5, 8, 9, 8, 9, 12, 13, 12, 13));
   for (int g = 0; g < num_groups; ++g)
-    factors[g] = _mm512_shuffle_epi8(_mm512_cvtps_epi32(multiply(load_floats(codes.scales[g]), to_factor)), twice);
+    factors[g] =
+        _mm512_shuffle_epi8(_mm512_cvtps_epi32(multiply(load_floats(codes.scales[first_group + g]), to_factor)), twice);
 }
 
 // even, odd: codes * 256 of bytes 0 and 2, and 1 and 3, of each lane -> the four rounded weights.
@@ -100,28 +108,31 @@ inline void store_weights(WeightTiles& tiles, unsigned quad, int which, Ints qua
   store(tiles[quad / 16][which] + quad % 16 * kTileRowBytes, quads);
 }
 
-// Makes the weights of one panel, 256 k (a chunk) at a time. Leaves the scales and mins in codes.
+// Makes the weights of one panel, a chunk at a time. Leaves the scales and mins in codes.
 template <class Unpack, Planes planes>
 struct Maker {
   Codes codes;
 
-  // block: where the first of num_k <= 256 k stands in the panel. panel: 0 or 1 of those in tiles and steps.
-  inline void make(const uint8_t* block, int num_k, int panel, WeightTiles& tiles, WeightSteps& steps) {
+  // panel_row: where the panel begins. The chunk of num_k <= kChunkOf<Unpack> weights from k on; the chunks of a block
+  // in ascending order. panel: 0 or 1 of those in tiles and steps.
+  inline void make(const uint8_t* panel_row, int k, int num_k, int panel, WeightTiles& tiles, WeightSteps& steps) {
     constexpr int kQuads = Unpack::kGroup / 4;
-    unpack_chunk<Unpack>(block, num_k, codes);
-    const int num_groups = num_k / Unpack::kGroup;
-    Ints factors[kChunkK / Unpack::kGroup];
-    make_factors<Unpack>(codes, num_groups, factors, steps[panel]);
+    const int in_block = k % Unpack::kBlock;  // a chunk may be half a block
+    const size_t block = static_cast<size_t>(k / Unpack::kBlock) * kPanelRows * Unpack::kBlockBytes;
+    if (in_block == 0) unpack_chunk<Unpack>(panel_row + block, num_k < Unpack::kBlock ? Unpack::kBlock : num_k, codes);
+    const int first_group = in_block / Unpack::kGroup, num_groups = num_k / Unpack::kGroup;
+    Ints factors[kChunkOf<Unpack> / Unpack::kGroup];
+    make_factors<Unpack>(codes, first_group, num_groups, factors, steps[panel]);
     const Ints low_to_high =
         _mm512_broadcast_i32x4(_mm_setr_epi8(-1, 0, -1, 2, -1, 4, -1, 6, -1, 8, -1, 10, -1, 12, -1, 14));
     for (int g = 0; g < num_groups; ++g)
 #pragma GCC unroll 8
       for (int q = 0; q < kQuads; ++q) {
-        const Ints quads = centred<Unpack>(load(codes.quads[g * kQuads + q]));
+        const Ints quads = centred<Unpack>(load(codes.quads[(first_group + g) * kQuads + q]));
         const Ints even = _mm512_shuffle_epi8(quads, low_to_high), odd = bit_and(quads, splat(0xff00ff00));
         store_weights(tiles, g * kQuads + q, panel, round_weights<Unpack>(even, odd, factors[g]));
       }
-    for (int quad = num_groups * kQuads; quad < kChunkK / 4; ++quad)  // past the end of a row
+    for (int quad = num_groups * kQuads; quad < kChunkOf<Unpack> / 4; ++quad)  // past the end of a row
       store_weights(tiles, quad, panel, zero_ints());
   }
 };
@@ -168,16 +179,22 @@ inline void store_planes(WeightTiles& tiles, int quad, Ints codes, Ints low, Int
 inline Ints low_scale(Ints scale) { return bit_and(scale, splat(0x00070007)); }
 inline Ints high_scale(Ints scale) { return _mm512_srli_epi16(scale, 3); }
 
-inline void prefetch_block(const uint8_t* block, size_t bytes) {
-  const uintptr_t ahead = reinterpret_cast<uintptr_t>(block) + kPrefetchBytes;  // may lie past the end of the tensor
-  for (size_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(ahead + i), _MM_HINT_T0);
+// One line, spread over the work: many at once fill the buffers that wait for memory, and everything stalls. May lie
+// past the end of the tensor.
+inline void prefetch_line(const uint8_t* used_now) {
+  _mm_prefetch(reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(used_now) + kPrefetchBytes), _MM_HINT_T0);
+}
+
+inline void prefetch_k4_scales(const uint8_t* block) {
+  for (int offset = 0; offset < 16 * kPanelRows; offset += 64) prefetch_line(block + offset);
 }
 
 template <>
 struct Maker<UnpackQ5_K, Planes::kExact> {
   Codes codes;
 
-  inline void make(const uint8_t* block, int num_k, int, WeightTiles& tiles, WeightSteps& steps) {
+  inline void make(const uint8_t* panel_row, int k, int num_k, int, WeightTiles& tiles, WeightSteps& steps) {
+    const uint8_t* block = panel_row + static_cast<size_t>(k / 256) * kPanelRows * UnpackQ5_K::kBlockBytes;
     unpack_chunk<UnpackQ5_K>(block, num_k, codes);
     IntegerScales scales;
     load_integer_scales(block, scales);
@@ -194,8 +211,9 @@ template <>
 struct Maker<UnpackQ4_K, Planes::kExact> {
   Codes codes;  // scales and mins only
 
-  inline void make(const uint8_t* block, int, int, WeightTiles& tiles, WeightSteps& steps) {
-    prefetch_block(block, size_t{kPanelRows} * UnpackQ4_K::kBlockBytes);
+  inline void make(const uint8_t* panel_row, int k, int, int, WeightTiles& tiles, WeightSteps& steps) {
+    const uint8_t* block = panel_row + static_cast<size_t>(k / 256) * kPanelRows * UnpackQ4_K::kBlockBytes;
+    prefetch_k4_scales(block);
     store_scales_k4(codes, block, 0);
     IntegerScales scales;
     load_integer_scales(block, scales);
@@ -205,7 +223,9 @@ struct Maker<UnpackQ4_K, Planes::kExact> {
       const Ints low_2 = low_scale(scales.scales[2 * i + 1]), high_2 = high_scale(scales.scales[2 * i + 1]);
 #pragma GCC unroll 8
       for (int m = 0; m < 8; ++m) {
-        const Ints nibbles = load(unit(block, 16, 8 * i + m, 0));
+        const uint8_t* at = unit(block, 16, 8 * i + m, 0);
+        prefetch_line(at);
+        const Ints nibbles = load(at);
         store_planes(tiles, 16 * i + m, low_nibbles(nibbles), low_1, high_1);
         store_planes(tiles, 16 * i + 8 + m, high_nibbles(nibbles), low_2, high_2);
       }
@@ -217,18 +237,21 @@ template <>
 struct Maker<UnpackQ4_K, Planes::kRounded> {
   Codes codes;  // scales and mins only
 
-  inline void make(const uint8_t* block, int, int panel, WeightTiles& tiles, WeightSteps& steps) {
-    prefetch_block(block, size_t{kPanelRows} * UnpackQ4_K::kBlockBytes);
+  inline void make(const uint8_t* panel_row, int k, int, int panel, WeightTiles& tiles, WeightSteps& steps) {
+    const uint8_t* block = panel_row + static_cast<size_t>(k / 256) * kPanelRows * UnpackQ4_K::kBlockBytes;
+    prefetch_k4_scales(block);
     store_scales_k4(codes, block, 0);
     Ints factors[8];
-    make_factors<UnpackQ4_K>(codes, 8, factors, steps[panel]);
+    make_factors<UnpackQ4_K>(codes, 0, 8, factors, steps[panel]);
     const Ints top = splat(0xf000f000), middle = splat(0x80008000);
     // Each of the four nibbles of 16 bits to the top; less 8, as flipping the sign does.
     const auto centred_at_top = [&](Ints shifted) { return _mm512_ternarylogic_epi32(shifted, top, middle, 0x6a); };
     for (int i = 0; i < 4; ++i)
 #pragma GCC unroll 8
       for (int m = 0; m < 8; ++m) {
-        const Ints n = load(unit(block, 16, 8 * i + m, 0));
+        const uint8_t* at = unit(block, 16, 8 * i + m, 0);
+        prefetch_line(at);
+        const Ints n = load(at);
         store_weights(tiles, 16 * i + m, panel,
                       round_weights<UnpackQ4_K>(bit_xor(_mm512_slli_epi16(n, 12), middle),
                                                 centred_at_top(_mm512_slli_epi16(n, 4)), factors[2 * i]));

@@ -16,7 +16,7 @@ namespace {
 
 constexpr int kRows = 2 * kPanelRows;  // weight rows computed together
 constexpr int kMaxTileTokens = 256;    // tokens whose sums stay in the first level cache
-constexpr int kMaxExactTokens = 48;    // up to here exact planes are faster than rounding; measured
+constexpr int kMaxExactTokens = 16;    // up to here exact planes are faster than rounding; measured
 
 // Integers of one job: [which][other][16 tokens][16 rows]. `which` is a group of tokens, or a plane of activations
 // (high, low) when precise; `other` is a panel, or a plane of weights (low, high) when exact.
@@ -93,18 +93,14 @@ inline void add_rounded(const PendingJob& job, const Products& products, int gro
 }
 
 // sums += d * step of the activations * (products of the low plane + 8 * of the high plane).
-template <bool kPrecise>
 inline void add_exact(const PendingJob& job, const Products& products, int group, int num_tokens) {
   const float* activation_steps = job.activation_steps[group];
   float (*sums)[kRows] = job.sums + group * kTileTokens;
   const Floats d = load_floats((*job.weight_steps)[0]);
-  const auto joined = [&](int which, int t) {
-    return to_floats(add_ints(shift_left<3>(load(products.tiles[which][1][t])), load(products.tiles[which][0][t])));
-  };
   for (int t = 0; t < num_tokens; ++t) {
-    Floats p = joined(group, t);
-    if constexpr (kPrecise) p = multiply_add(joined(1, t), splat_float(0x1p-7f), p);
-    store_floats(sums[t], multiply_add(p, multiply(d, splat_float(activation_steps[t])), load_floats(sums[t])));
+    const Ints p = add_ints(shift_left<3>(load(products.tiles[group][1][t])), load(products.tiles[group][0][t]));
+    store_floats(sums[t],
+                 multiply_add(to_floats(p), multiply(d, splat_float(activation_steps[t])), load_floats(sums[t])));
   }
 }
 
@@ -113,6 +109,7 @@ inline void add_exact(const PendingJob& job, const Products& products, int group
 // and of making weights, stands between.
 template <Planes planes, int kChunkK, bool kPrecise>
 struct Multiplier {
+  static_assert(planes == Planes::kRounded || !kPrecise);
   static constexpr int kJobTokens = kPrecise ? kTileTokens : 2 * kTileTokens;
 
   size_t group_bytes;
@@ -158,7 +155,7 @@ struct Multiplier {
     for (int group = 0; group * kTileTokens < in_products.num_tokens; ++group) {
       const int rest = in_products.num_tokens - group * kTileTokens, tokens = rest < kTileTokens ? rest : kTileTokens;
       if constexpr (planes == Planes::kExact)
-        add_exact<kPrecise>(in_products, products, group, tokens);
+        add_exact(in_products, products, group, tokens);
       else
         add_rounded<kPrecise>(in_products, products, group, tokens);
     }
@@ -279,25 +276,20 @@ inline void tile_gemm_tokens(const TileGemmParams& p, int first_token, int num_t
   }
 }
 
-template <class Unpack, Planes planes>
-inline void tile_gemm_planes(const TileGemmParams& p, int first_token, int num_tokens) {
-  if (p.precise)
-    tile_gemm_tokens<Unpack, planes, true>(p, first_token, num_tokens);
-  else
-    tile_gemm_tokens<Unpack, planes, false>(p, first_token, num_tokens);
-}
-
 template <class Unpack>
 inline void tile_gemm_int8(const TileGemmParams& p) {
   for (int token = 0; token < p.num_tokens; token += kMaxTileTokens) {
     const int num_tokens = p.num_tokens - token < kMaxTileTokens ? p.num_tokens - token : kMaxTileTokens;
     if constexpr (kHasIntegerScales<Unpack>) {
-      if (num_tokens <= kMaxExactTokens) {
-        tile_gemm_planes<Unpack, Planes::kExact>(p, token, num_tokens);
+      if (num_tokens <= kMaxExactTokens && !p.precise) {
+        tile_gemm_tokens<Unpack, Planes::kExact, false>(p, token, num_tokens);
         continue;
       }
     }
-    tile_gemm_planes<Unpack, Planes::kRounded>(p, token, num_tokens);
+    if (p.precise)
+      tile_gemm_tokens<Unpack, Planes::kRounded, true>(p, token, num_tokens);
+    else
+      tile_gemm_tokens<Unpack, Planes::kRounded, false>(p, token, num_tokens);
   }
   _tile_release();
 }

@@ -11,72 +11,81 @@
 namespace kt::KT_ISA_NAMESPACE {
 namespace {
 
-constexpr int kGroupK = 32;     // an activation block
-constexpr int kMaxTokens = 64;  // tokens that share one unpacking; their sums, 4 KiB, stay in the first level cache
+constexpr int kGroupK = 32;  // an activation block
+constexpr int kMaxTokens =
+    64;  // tokens that share one unpacking; their sums, 4 KiB a panel, stay in the first level cache
 constexpr int kPrefetchBytes = 4096;  // how far ahead of use weights are asked for; measured, see benchmarks/RESULTS.md
 
 using Sums = float[kMaxTokens][kPanelRows];
 
-template <class Unpack>
+template <class Unpack, bool kPrefetch = true>
 inline void unpack_chunk(const uint8_t* panel_blocks, int num_k, Codes& codes) {
   constexpr size_t kPanelBlockBytes = size_t{kPanelRows} * Unpack::kBlockBytes;
   for (int b = 0; b < num_k / Unpack::kBlock; ++b) {
     const uint8_t* block = panel_blocks + b * kPanelBlockBytes;
     const uintptr_t ahead = reinterpret_cast<uintptr_t>(block) + kPrefetchBytes;  // may lie past the end of the tensor
-    for (size_t i = 0; i < kPanelBlockBytes; i += 64)
-      _mm_prefetch(reinterpret_cast<const char*>(ahead + i), _MM_HINT_T0);
+    if constexpr (kPrefetch)
+      for (size_t i = 0; i < kPanelBlockBytes; i += 64)
+        _mm_prefetch(reinterpret_cast<const char*>(ahead + i), _MM_HINT_T0);
     Unpack::unpack(block, codes, b);
   }
 }
 
-// products: what the integers of a group add up to, times the group's scale, less its min.
+// Asks for the weights kPrefetchBytes beyond group g of a chunk, which may lie past the end of the tensor: a few lines
+// between the computations of each group, as more than the processor has buffers for would hold it up.
 template <class Unpack>
-inline Floats add_products(Floats total, Ints products, const Codes& codes, int group, int h, float x_scale,
-                           float x_sum) {
-  const Floats scale = multiply(load_floats(codes.scales[group] + h * kLanes), splat_float(x_scale));
-  total = multiply_add(to_floats(products), scale, total);
-  if constexpr (!Unpack::kSigned)
-    total = negative_multiply_add(load_floats(codes.mins[group] + h * kLanes), splat_float(x_sum), total);
-  return total;
+inline void prefetch_group(const uint8_t* chunk, int g) {
+  constexpr size_t kGroupBytes = size_t{kPanelRows} * Unpack::kBlockBytes * kGroupK / Unpack::kBlock;
+  const uintptr_t ahead = reinterpret_cast<uintptr_t>(chunk) + g * kGroupBytes + kPrefetchBytes;
+  for (size_t i = 0; i < kGroupBytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(ahead + i), _MM_HINT_T0);
+}
+
+constexpr int kTokenTile = kLanes == 16 ? 6 : 4;
+constexpr int kPanelsAtOnce = 2 / kHalves;  // panels of a tile of two vectors
+
+// A tile is T tokens times kVectors vectors of rows: as many sums as registers hold, so that a load of activations is
+// used kVectors times and one of codes T times. Vector v holds the lanes v % kHalves of panel v / kHalves.
+struct Tile {
+  const Codes* codes;  // of each panel
+  int num_groups;
+  const ActivationBlock32* const* x;  // of each token
+  Sums* sums;                         // of each panel
+  int token;                          // the first one's place in sums
+  const uint8_t* chunk;               // the codes' weights in the first panel, to prefetch; nullptr: others did
+  size_t panel_bytes;
+};
+
+inline const uint8_t* codes_at(const Codes* codes, int quad, int v) {
+  return codes[v / kHalves].quads[quad][v % kHalves * kLanes];
 }
 
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
 
-// T tokens times num_groups * 32 k of one panel.
-template <class Unpack, int T>
-inline void add_chunk(const Codes& codes, int num_groups, const ActivationBlock32* const* x, Sums& sums, int token) {
-  for (int h = 0; h < kHalves; ++h) {
-    Floats totals[T];
-    for (int t = 0; t < T; ++t) totals[t] = load_floats(sums[token + t] + h * kLanes);
-    for (int g = 0; g < num_groups; ++g) {
-      Ints quads[8];
-      for (int i = 0; i < 8; ++i) {
-        quads[i] = load(codes.quads[8 * g + i][h * kLanes]);
-        if constexpr (Unpack::kSigned) quads[i] = bit_xor(quads[i], splat(0x80808080));  // + 128: unsigned
-      }
-      for (int t = 0; t < T; ++t) {
-        const ActivationBlock32& block = x[t][g];
-        if constexpr (Unpack::kGroup == 32) {
-          Ints products = Unpack::kSigned ? splat_at(&block.neg128_sum) : zero_ints();
-          for (int i = 0; i < 8; ++i) products = dot(products, quads[i], splat_at(block.q + 4 * i));
-          totals[t] = add_products<Unpack>(totals[t], products, codes, g, h, block.scale, block.sum);
-        } else {
-          static_assert(Unpack::kGroup == 16 && !Unpack::kSigned);
-          Ints first = zero_ints(), second = zero_ints();
-          for (int i = 0; i < 4; ++i) {
-            first = dot(first, quads[i], splat_at(block.q + 4 * i));
-            second = dot(second, quads[4 + i], splat_at(block.q + 16 + 4 * i));
-          }
-          totals[t] = add_products<Unpack>(totals[t], first, codes, 2 * g, h, block.scale, block.half_sums[0]);
-          totals[t] = add_products<Unpack>(totals[t], second, codes, 2 * g + 1, h, block.scale, block.half_sums[1]);
-        }
-      }
+// products[t][v] = start[t] + the products of kQuads quads, from `first` on, and the activations q[t].
+template <class Unpack, int T, int kVectors, int kQuads>
+inline void multiply_quads(const Codes* codes, int first, const int8_t* const* q, const Ints* start,
+                           Ints (*products)[kVectors]) {
+  for (int t = 0; t < T; ++t)
+    for (int v = 0; v < kVectors; ++v) products[t][v] = start[t];
+#pragma GCC unroll 8
+  for (int i = 0; i < kQuads; ++i) {
+    Ints quads[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+      quads[v] = load(codes_at(codes, first + i, v));
+      if constexpr (Unpack::kSigned) quads[v] = bit_xor(quads[v], splat(0x80808080));  // + 128: unsigned
     }
-    for (int t = 0; t < T; ++t) store_floats(sums[token + t] + h * kLanes, totals[t]);
+    for (int t = 0; t < T; ++t) {
+      const Ints x = splat_at(q[t] + 4 * i);
+      for (int v = 0; v < kVectors; ++v) products[t][v] = dot(products[t][v], quads[v], x);
+    }
   }
 }
 
-constexpr int kTokenTile = kLanes == 16 ? 8 : 4;
+// What the products start from.
+template <bool kSigned>
+inline Ints first_product(const ActivationBlock32& block) {
+  return kSigned ? splat_at(&block.neg128_sum) : zero_ints();
+}
 
 #else
 
@@ -88,57 +97,81 @@ constexpr int kPairsAtOnce = Unpack::kSigned          ? 1
                              : Unpack::kMaxCode <= 64 ? 2
                                                       : 1;
 
-// T tokens times kQuads quads of one group, of all rows: products[t][h].
-template <class Unpack, int T, int kQuads>
-inline void multiply_quads(const uint8_t (*quads)[kPanelRows][4], const int8_t* const* q, Ints (*products)[kHalves]) {
+template <class Unpack, int T, int kVectors, int kQuads>
+inline void multiply_quads(const Codes* codes, int first, const int8_t* const* q, const Ints*,
+                           Ints (*products)[kVectors]) {
   constexpr int kAtOnce = kPairsAtOnce<Unpack> < kQuads ? kPairsAtOnce<Unpack> : kQuads;
   static_assert(Unpack::kSigned || Unpack::kMaxCode * 127 * 2 * kAtOnce <= 32767);
-  for (int first = 0; first < kQuads; first += kAtOnce) {
-    Ints pairs[T][kHalves];
-    for (int i = first; i < first + kAtOnce; ++i)
-      for (int h = 0; h < kHalves; ++h) {
-        const Ints codes = load(quads[i][h * kLanes]);
-        for (int t = 0; t < T; ++t) {
-          const Ints x = splat_at(q[t] + 4 * i);
-          const Ints p = Unpack::kSigned ? dot_pairs(magnitudes(codes), with_sign_of(x, codes)) : dot_pairs(codes, x);
-          pairs[t][h] = i == first ? p : add_halves(pairs[t][h], p);
+#pragma GCC unroll 8
+  for (int begin = 0; begin < kQuads; begin += kAtOnce) {
+    Ints pairs[T][kVectors];
+#pragma GCC unroll 8
+    for (int i = begin; i < begin + kAtOnce; ++i) {
+      Ints quads[kVectors];
+      for (int v = 0; v < kVectors; ++v) quads[v] = load(codes_at(codes, first + i, v));
+      for (int t = 0; t < T; ++t) {
+        const Ints x = splat_at(q[t] + 4 * i);
+        for (int v = 0; v < kVectors; ++v) {
+          const Ints p =
+              Unpack::kSigned ? dot_pairs(magnitudes(quads[v]), with_sign_of(x, quads[v])) : dot_pairs(quads[v], x);
+          pairs[t][v] = i == begin ? p : add_halves(pairs[t][v], p);
         }
       }
+    }
     for (int t = 0; t < T; ++t)
-      for (int h = 0; h < kHalves; ++h)
-        products[t][h] = first == 0 ? sum_pairs(pairs[t][h]) : add_ints(products[t][h], sum_pairs(pairs[t][h]));
+      for (int v = 0; v < kVectors; ++v)
+        products[t][v] = begin == 0 ? sum_pairs(pairs[t][v]) : add_ints(products[t][v], sum_pairs(pairs[t][v]));
   }
 }
 
-template <class Unpack, int T>
-inline void add_chunk(const Codes& codes, int num_groups, const ActivationBlock32* const* x, Sums& sums, int token) {
-  constexpr int kParts = 32 / Unpack::kGroup;
-  for (int g = 0; g < num_groups; ++g)
-    for (int part = 0; part < kParts; ++part) {
-      const int8_t* q[T];
-      for (int t = 0; t < T; ++t) q[t] = x[t][g].q + part * Unpack::kGroup;
-      Ints products[T][kHalves];
-      multiply_quads<Unpack, T, Unpack::kGroup / 4>(codes.quads + 8 * g + part * 4, q, products);
-      for (int t = 0; t < T; ++t)
-        for (int h = 0; h < kHalves; ++h) {
-          const ActivationBlock32& block = x[t][g];
-          float* sum = sums[token + t] + h * kLanes;
-          store_floats(sum, add_products<Unpack>(load_floats(sum), products[t][h], codes, kParts * g + part, h,
-                                                 block.scale, kParts == 1 ? block.sum : block.half_sums[part]));
-        }
-    }
+template <bool kSigned>
+inline Ints first_product(const ActivationBlock32&) {
+  return zero_ints();
 }
-
-constexpr int kTokenTile = kLanes == 16 ? 4 : 2;
 
 #endif
 
-template <class Unpack, int T>
-inline void add_last_tokens(const Codes& codes, int num_groups, const ActivationBlock32* const* x, Sums& sums,
-                            int token, int rest) {
+// T tokens times num_groups * 32 k. A group's products, times its scale, less its min, are added to the sums.
+template <class Unpack, int T, int kVectors>
+inline void add_chunk(const Tile& tile) {
+  constexpr int kParts = 32 / Unpack::kGroup;
+  for (int g = 0; g < tile.num_groups; ++g) {
+    if (tile.chunk != nullptr)
+      for (int panel = 0; panel < kVectors / kHalves; ++panel)
+        prefetch_group<Unpack>(tile.chunk + panel * tile.panel_bytes, g);
+    for (int part = 0; part < kParts; ++part) {
+      const int8_t* q[T];
+      Ints start[T], products[T][kVectors];
+      for (int t = 0; t < T; ++t) {
+        q[t] = tile.x[t][g].q + part * Unpack::kGroup;
+        start[t] = first_product<Unpack::kSigned>(tile.x[t][g]);
+      }
+      multiply_quads<Unpack, T, kVectors, Unpack::kGroup / 4>(tile.codes, 8 * g + part * 4, q, start, products);
+      const int group = kParts * g + part;
+      for (int t = 0; t < T; ++t) {
+        const ActivationBlock32& block = tile.x[t][g];
+        const Floats x_scale = splat_float(block.scale);
+        const Floats x_sum = splat_float(kParts == 1 ? block.sum : block.half_sums[part]);
+        for (int v = 0; v < kVectors; ++v) {
+          const Codes& codes = tile.codes[v / kHalves];
+          const int lane = v % kHalves * kLanes;
+          float* sum = tile.sums[v / kHalves][tile.token + t] + lane;
+          const Floats scale = multiply(load_floats(codes.scales[group] + lane), x_scale);
+          Floats total = multiply_add(to_floats(products[t][v]), scale, load_floats(sum));
+          if constexpr (!Unpack::kSigned)
+            total = negative_multiply_add(load_floats(codes.mins[group] + lane), x_sum, total);
+          store_floats(sum, total);
+        }
+      }
+    }
+  }
+}
+
+template <class Unpack, int T, int kVectors>
+inline void add_last_tokens(const Tile& tile, int rest) {
   if constexpr (T > 0) {
-    if (rest == T) return add_chunk<Unpack, T>(codes, num_groups, x, sums, token);
-    add_last_tokens<Unpack, T - 1>(codes, num_groups, x, sums, token, rest);
+    if (rest == T) return add_chunk<Unpack, T, kVectors>(tile);
+    add_last_tokens<Unpack, T - 1, kVectors>(tile, rest);
   }
 }
 
@@ -151,35 +184,50 @@ inline void write_sums(const float* sums, float* output, int num_rows) {
   }
 }
 
+// kPanels panels, from row `row` on, times num_tokens <= kMaxTokens tokens, from token `first` on.
+template <class Unpack, int kPanels>
+inline void multiply_panels(const GemmParams& p, int row, int first, int num_tokens) {
+  alignas(64) Sums sums[kPanels];
+  alignas(64) Codes codes[kPanels];
+  const ActivationBlock32* x[kMaxTokens];
+  for (int t = 0; t < num_tokens; ++t) {
+    const size_t activation_row = p.token_rows ? p.token_rows[first + t] : first + t;
+    x[t] = reinterpret_cast<const ActivationBlock32*>(p.activations + activation_row * p.activation_row_bytes);
+  }
+  for (int panel = 0; panel < kPanels; ++panel)
+    std::memset(sums[panel], 0, static_cast<size_t>(num_tokens) * sizeof sums[panel][0]);
+  const uint8_t* panels = p.weights + static_cast<size_t>(row / kPanelRows) * p.panel_bytes;
+  for (int k = 0; k < p.k; k += kMaxCodesK) {
+    const int num_k = p.k - k < kMaxCodesK ? p.k - k : kMaxCodesK;
+    const int num_groups = num_k / kGroupK;
+    const uint8_t* blocks = panels + static_cast<size_t>(k / Unpack::kBlock) * kPanelRows * Unpack::kBlockBytes;
+    for (int panel = 0; panel < kPanels; ++panel)
+      unpack_chunk<Unpack, false>(blocks + panel * p.panel_bytes, num_k, codes[panel]);
+    Tile tile{codes, num_groups, x, sums, 0, blocks, p.panel_bytes};
+    for (; tile.token + kTokenTile <= num_tokens; tile.token += kTokenTile, tile.x += kTokenTile) {
+      add_chunk<Unpack, kTokenTile, kPanels * kHalves>(tile);
+      tile.chunk = nullptr;
+    }
+    add_last_tokens<Unpack, kTokenTile - 1, kPanels * kHalves>(tile, num_tokens - tile.token);
+    for (int t = 0; t < num_tokens; ++t) x[t] += num_groups;
+  }
+  for (int panel = 0; panel < kPanels; ++panel) {
+    const int begin = row + panel * kPanelRows;
+    const int num_rows = p.num_rows - begin < kPanelRows ? p.num_rows - begin : kPanelRows;
+    for (int t = 0; t < num_tokens; ++t)
+      write_sums(sums[panel][t], p.output + static_cast<size_t>(first + t) * p.output_stride + begin, num_rows);
+  }
+}
+
 template <class Unpack>
 inline void gemm_int(const GemmParams& p) {
-  alignas(64) Sums sums;
-  alignas(64) Codes codes;
-  const ActivationBlock32* x[kMaxTokens];
   for (int first = 0; first < p.num_tokens; first += kMaxTokens) {
     const int num_tokens = p.num_tokens - first < kMaxTokens ? p.num_tokens - first : kMaxTokens;
-    for (int row = 0; row < p.num_rows; row += kPanelRows) {
-      for (int t = 0; t < num_tokens; ++t) {
-        const size_t activation_row = p.token_rows ? p.token_rows[first + t] : first + t;
-        x[t] = reinterpret_cast<const ActivationBlock32*>(p.activations + activation_row * p.activation_row_bytes);
-      }
-      std::memset(sums, 0, static_cast<size_t>(num_tokens) * sizeof sums[0]);
-      const uint8_t* panel = p.weights + static_cast<size_t>(row / kPanelRows) * p.panel_bytes;
-      for (int k = 0; k < p.k; k += kMaxCodesK) {
-        const int num_k = p.k - k < kMaxCodesK ? p.k - k : kMaxCodesK;
-        const int num_groups = num_k / kGroupK;
-        unpack_chunk<Unpack>(panel + static_cast<size_t>(k / Unpack::kBlock) * kPanelRows * Unpack::kBlockBytes, num_k,
-                             codes);
-        int t = 0;
-        for (; t + kTokenTile <= num_tokens; t += kTokenTile)
-          add_chunk<Unpack, kTokenTile>(codes, num_groups, x + t, sums, t);
-        add_last_tokens<Unpack, kTokenTile - 1>(codes, num_groups, x + t, sums, t, num_tokens - t);
-        for (t = 0; t < num_tokens; ++t) x[t] += num_groups;
-      }
-      const int num_rows = p.num_rows - row < kPanelRows ? p.num_rows - row : kPanelRows;
-      for (int t = 0; t < num_tokens; ++t)
-        write_sums(sums[t], p.output + static_cast<size_t>(first + t) * p.output_stride + row, num_rows);
-    }
+    int row = 0;
+    if constexpr (kPanelsAtOnce == 2)
+      for (; row + kPanelRows < p.num_rows; row += 2 * kPanelRows)
+        multiply_panels<Unpack, 2>(p, row, first, num_tokens);
+    for (; row < p.num_rows; row += kPanelRows) multiply_panels<Unpack, 1>(p, row, first, num_tokens);
   }
 }
 

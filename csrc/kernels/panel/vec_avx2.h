@@ -114,7 +114,12 @@ inline Floats negative_multiply_add(Floats a, Floats b, Floats c) { return _mm25
 inline Ints dot(Ints sums, Ints codes, Ints x) { return _mm256_dpbusd_avx_epi32(sums, codes, x); }
 #endif
 inline Ints dot_pairs(Ints codes, Ints x) { return _mm256_maddubs_epi16(codes, x); }
-inline Ints add_halves(Ints a, Ints b) { return _mm256_add_epi16(a, b); }
+// A sum that is taken here and now: given free hand, GCC makes trees of such sums, and spills all their leaves.
+inline Ints add_halves(Ints a, Ints b) {
+  Ints sum = _mm256_add_epi16(a, b);
+  asm("" : "+x"(sum));
+  return sum;
+}
 inline Ints sum_pairs(Ints halves) { return _mm256_madd_epi16(halves, _mm256_set1_epi16(1)); }
 inline Ints magnitudes(Ints v) { return _mm256_abs_epi8(v); }
 inline Ints with_sign_of(Ints x, Ints v) { return _mm256_sign_epi8(x, v); }

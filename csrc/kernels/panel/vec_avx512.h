@@ -102,7 +102,12 @@ inline Floats negative_multiply_add(Floats a, Floats b, Floats c) { return _mm51
 inline Ints dot(Ints sums, Ints codes, Ints x) { return _mm512_dpbusd_epi32(sums, codes, x); }
 #endif
 inline Ints dot_pairs(Ints codes, Ints x) { return _mm512_maddubs_epi16(codes, x); }  // saturates past int16
-inline Ints add_halves(Ints a, Ints b) { return _mm512_add_epi16(a, b); }
+// A sum that is taken here and now: given free hand, GCC makes trees of such sums, and spills all their leaves.
+inline Ints add_halves(Ints a, Ints b) {
+  Ints sum = _mm512_add_epi16(a, b);
+  asm("" : "+v"(sum));
+  return sum;
+}
 inline Ints sum_pairs(Ints halves) { return _mm512_madd_epi16(halves, _mm512_set1_epi16(1)); }
 inline Ints magnitudes(Ints v) { return _mm512_abs_epi8(v); }
 // x with the sign of v, byte by byte (v is not 0 where it matters: a magnitude of 0 takes the product away)

@@ -31,6 +31,9 @@ class Executor:
         """One line: bytes of the experts, how much of them in huge pages, on which memory nodes."""
     @property
     def num_invalid_ids(self) -> int: ...
+    @property
+    def num_parks(self) -> int:
+        """How often a worker was left out for a while because others took its CPU."""
     def add_layer(self, gate: ExpertTensor, up: ExpertTensor, down: ExpertTensor) -> int: ...
     def workspace_bytes(self, top_k: int, layer: int) -> int:
         """Host memory that calls of a layer take beside the weights; layers share it, so the largest counts."""

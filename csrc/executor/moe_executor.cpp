@@ -74,6 +74,7 @@ const char* MoEExecutor::isa() const { return impl_->choice.table->isa; }
 const std::string& MoEExecutor::isa_reason() const { return impl_->choice.reason; }
 const std::string& MoEExecutor::placement_report() const { return impl_->pool->placement_report(); }
 uint64_t MoEExecutor::num_invalid_ids() const { return impl_->call.num_invalid_ids(); }
+uint64_t MoEExecutor::num_parks() const { return impl_->pool->num_parks(); }
 
 std::string MoEExecutor::memory_report() const {
   std::vector<ReportedMemory> parts;

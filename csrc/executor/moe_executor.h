@@ -61,6 +61,8 @@ class MoEExecutor {
 
   // Expert ids outside [0, num_experts) other than -1 seen so far: the router gave garbage, usually after a NaN.
   uint64_t num_invalid_ids() const;
+  // How often a worker was left out for a while because others took its CPU.
+  uint64_t num_parks() const;
 
  private:
   struct Impl;

@@ -10,8 +10,7 @@
 namespace kt {
 namespace {
 
-// Delays of a longer time than this are everyone's small ones added up, and say nothing about the phase that is late.
-constexpr int64_t kLongestLook = 100'000'000;
+constexpr int64_t kLookEvery = 5'000'000;
 
 }  // namespace
 
@@ -28,26 +27,35 @@ int64_t run_delay_ns() {
   return std::sscanf(text, "%" SCNd64 " %" SCNd64, &running, &delay) == 2 ? delay : -1;
 }
 
-void LostCpu::resume(int64_t now_ns) {
+bool LostCpu::wants_look(int64_t now_ns) const { return now_ns - looked_ns_ >= kLookEvery; }
+
+void LostCpu::look(int64_t now_ns, int64_t delay_ns) {
   looked_ns_ = now_ns;
-  delay_ns_ = run_delay_ns();
+  delay_ns_ = delay_ns;
 }
 
-bool LostCpu::arrived_late(int64_t now_ns, int64_t late_by_ns, int num_active, const ParkPolicy& policy) {
-  const int64_t delay = run_delay_ns();
-  const int64_t lost = delay - delay_ns_;
-  const int64_t passed = now_ns - looked_ns_;
-  delay_ns_ = delay;
-  looked_ns_ = now_ns;
-  if (delay < 0) return false;
+bool LostCpu::look_late(int64_t now_ns, int64_t delay_ns, int64_t late_by_ns, int64_t excused_ns, int num_active,
+                        const ParkPolicy& policy) {
+  const int64_t lost = looked_ns_ == 0 || delay_ns < 0 ? 0 : delay_ns - delay_ns_;
+  look(now_ns, delay_ns);
   // What one of num_active workers does in that time is what the others would need more without it.
-  owed_ns_ = std::max<int64_t>(0, owed_ns_ - passed / num_active);
-  if (passed > kLongestLook) return false;
+  owed_ns_ = std::max<int64_t>(0, owed_ns_ - (now_ns - forgiven_ns_) / num_active);
+  forgiven_ns_ = now_ns;
   // Late for want of the CPU, not because its last work item was long.
-  owed_ns_ += std::min(late_by_ns, lost);
-  const bool park = owed_ns_ >= policy.park_at_ns;
-  owed_ns_ = std::min(owed_ns_, 2 * policy.park_at_ns);  // soon forgiven
-  return park;
+  owed_ns_ += std::clamp<int64_t>(std::min(late_by_ns, lost) - excused_ns, 0, policy.count_at_most_ns);
+  return owed_ns_ >= policy.park_at_ns;
+}
+
+int64_t LostCpu::park(int64_t now_ns, int num_active, const ParkPolicy& policy) {
+  const bool again = parked_for_ns_ != 0 && now_ns - resumed_ns_ < parked_for_ns_;
+  parked_for_ns_ = std::min(again ? 2 * parked_for_ns_ : policy.park_at_ns * num_active, policy.park_ns);
+  owed_ns_ = policy.park_at_ns / 2;  // believed sooner the next time
+  return parked_for_ns_;
+}
+
+void LostCpu::resume(int64_t now_ns, int64_t delay_ns) {
+  look(now_ns, delay_ns);
+  forgiven_ns_ = resumed_ns_ = now_ns;
 }
 
 }  // namespace kt

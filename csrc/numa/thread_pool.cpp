@@ -25,6 +25,13 @@ constexpr int kMpolDefault = 0;     // linux/mempolicy.h; libnuma is not a depen
 constexpr int kMaxCpus = 1 << 16;   // far above any kernel's NR_CPUS (8192)
 constexpr int kMaxNodes = 1 << 16;  // and MAX_NUMNODES (1024)
 
+// gate_: bits 0-15 workers inside, 16-30 returns that count, 31 open, 32-63 the phase as phase_starts_ counts them.
+constexpr uint64_t kInside = 1, kCovered = 1 << 16, kOpen = uint64_t{1} << 31;
+constexpr int kMaxWorkers = (1 << 15) - 1;
+constexpr uint64_t inside(uint64_t gate) { return gate & 0xffff; }
+constexpr uint64_t covered(uint64_t gate) { return (gate & (kOpen - 1)) >> 16; }
+constexpr uint32_t phase_of(uint64_t gate) { return static_cast<uint32_t>(gate >> 32); }
+
 // The mask type of the C library stops at CPU 1023; the kernel takes any length.
 int set_affinity(const std::vector<unsigned long>& mask) {
   return syscall(SYS_sched_setaffinity, 0, mask.size() * sizeof(unsigned long), mask.data()) == 0 ? 0 : errno;
@@ -74,11 +81,14 @@ ThreadPool::ThreadPool(const std::vector<WorkerPlace>& places, const ParkPolicy&
       spin_ns_(repeats(cpus_of(places)) ? 0 : kSpinNanoseconds),
       park_policy_(park_policy),
       // Workers of one CPU keep each other from it: none is to blame.
-      max_parked_(repeats(cpus_of(places)) ? 0 : std::max(1, static_cast<int>(places.size()) / 4)),
+      max_parked_(repeats(cpus_of(places)) || park_policy.all_take_part()
+                      ? 0
+                      : std::max(1, static_cast<int>(places.size()) / 4)),
       workers_(places.size()),
       placements_(places.size()),
       num_active_(static_cast<int>(places.size())) {
   KT_CHECK(!places.empty(), "cpus is empty, expected the logical CPU of each worker thread, at least one");
+  KT_CHECK(places.size() <= kMaxWorkers, "cpus has ", places.size(), " entries, expected at most ", kMaxWorkers);
   for (const auto& [cpu, numa_node] : places) {
     KT_CHECK(cpu >= 0 && cpu < kMaxCpus, "cpus has ", cpu, ", expected logical CPU numbers (see /proc/cpuinfo)");
     KT_CHECK(numa_node >= -1 && numa_node < kMaxNodes, "nodes has ", numa_node,
@@ -91,6 +101,9 @@ ThreadPool::ThreadPool(const std::vector<WorkerPlace>& places, const ParkPolicy&
     else
       group->num_active = ++group->num_workers;
   }
+
+  needed_ = park_policy_.all_take_part() ? num_workers() : num_nodes();
+  covered_ = std::vector<Covered>(groups_.size());
 
   sigset_t blocked, before;  // inherited, so that no signal of the process is ever handled on a worker
   sigfillset(&blocked);
@@ -129,14 +142,21 @@ void ThreadPool::start(Job* job, int first_phase) {
   job_ = job;
   phase_ = first_phase;
   ++started_;
+  start_ns_ = now_ns();
+  wait_ns_.store(0, std::memory_order_relaxed);
+  caller_cpu_.store(sched_getcpu(), std::memory_order_relaxed);
   if (num_active_ < num_workers()) resume_workers();
-  phase_starts_.advance();
+  open_phase();
 }
 
 void ThreadPool::wait() {
-  // A caller that spins on a worker's CPU waits for the very thread it keeps from running.
-  const int64_t spin_ns = on_worker_cpu() ? 0 : spin_ns_;
-  while (!done()) finished_.wait_change(started_ - 1, spin_ns);
+  if (!done()) {
+    caller_cpu_.store(sched_getcpu(), std::memory_order_relaxed);
+    wait_ns_.store(now_ns(), std::memory_order_relaxed);
+    // A caller that spins on a worker's CPU waits for the very thread it keeps from running.
+    const int64_t spin_ns = on_worker_cpu() ? 0 : spin_ns_;
+    while (!done()) finished_.wait_change(started_ - 1, spin_ns);
+  }
   if (!failed_.load(std::memory_order_relaxed)) return;
   failed_.store(false, std::memory_order_relaxed);
   fail("a worker thread failed: ", error_);
@@ -155,22 +175,16 @@ void ThreadPool::main(int worker) {
   placements_[worker].pin_error = pin_to(places_[worker].cpu);
   placements_[worker].policy_error = syscall(SYS_set_mempolicy, kMpolDefault, nullptr, 0) == 0 ? 0 : errno;
 
-  uint32_t seen = 0;
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == num_workers()) {
-    arrived_.store(0, std::memory_order_relaxed);
-    finished_.advance();
-  }
+  if (num_placed_.fetch_add(1, std::memory_order_acq_rel) + 1 == num_workers()) finished_.advance();
   Worker& me = workers_[worker];
-  for (;;) {
+  for (uint32_t seen = 0;;) {
     seen = phase_starts_.wait_change(seen, spin_ns_);
     if (stopping_.load(std::memory_order_relaxed)) return;
-    if (me.state.load(std::memory_order_acquire) == State::kActive) {
-      const int num_active = num_active_;  // may change once this worker has arrived
-      run_phase(worker);
-      arrive(worker, num_active);
-    } else {
+    if (me.parked.load(std::memory_order_acquire)) {
       if (!sleep_while_parked(worker)) return;
-      seen = me.resume_after;
+    } else if (enter_phase(seen)) {
+      run_phase(worker);
+      leave_phase(seen, worker);
     }
   }
 }
@@ -185,32 +199,44 @@ void ThreadPool::run_phase(int worker) {
   }
 }
 
-void ThreadPool::arrive(int worker, int num_active) {
-  if (max_parked_ > 0 && num_active > 1) {
-    const int64_t now = now_ns();
-    // A store that comes so late that it meets the next phase makes somebody look for nothing, no more.
-    const int64_t most_arrived = most_arrived_ns_.load(std::memory_order_relaxed);
-    Worker& me = workers_[worker];
-    if (most_arrived != 0 && now - most_arrived > park_policy_.late_ns &&
-        me.lost_cpu.arrived_late(now, now - most_arrived, groups_[group_of_[worker]].num_active, park_policy_)) {
-      me.wants_to_park = true;
-      num_wanting_to_park_.fetch_add(1, std::memory_order_relaxed);
-    }
-    const int num_arrived = arrived_.fetch_add(1, std::memory_order_acq_rel) + 1;
-    if (num_arrived == num_active)
-      finish_phase();
-    else if (num_arrived == num_active - std::max(1, num_active / 4))
-      most_arrived_ns_.store(now, std::memory_order_relaxed);
-  } else if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == num_active) {
-    finish_phase();
-  }
+// False when the phase is over already.
+bool ThreadPool::enter_phase(uint32_t phase) {
+  const auto open = [phase](uint64_t gate) { return (gate & kOpen) != 0 && phase_of(gate) == phase; };
+  if (!open(gate_.load(std::memory_order_relaxed))) return false;
+  if (open(gate_.fetch_add(kInside, std::memory_order_acq_rel))) return true;
+  if (leave(0)) finish_phase();  // a later one, which could not end while we were counted
+  return false;
 }
 
-// Runs on the worker that arrives last; all others wait for phase_starts_, so everything here is its own.
+void ThreadPool::leave_phase(uint32_t phase, int worker) {
+  bool counts = park_policy_.all_take_part();
+  if (!counts) {
+    std::atomic<uint32_t>& covered = covered_[group_of_[worker]].phase;
+    counts =
+        covered.load(std::memory_order_relaxed) != phase && covered.exchange(phase, std::memory_order_relaxed) != phase;
+  }
+  const int64_t now = max_parked_ > 0 ? now_ns() : 0;
+  if (leave(counts ? kCovered : 0)) {
+    if (max_parked_ > 0 && keeps_others_waiting(worker, now)) park(worker, now);
+    finish_phase();
+  }
+  LostCpu& account = workers_[worker].lost_cpu;
+  if (max_parked_ > 0 && account.wants_look(now)) account.look(now, run_delay_ns());
+}
+
+// True for the last one to leave: the phase is closed, and until the next one is open all is the calling thread's.
+bool ThreadPool::leave(uint64_t counts) {
+  uint64_t gate = gate_.fetch_add(counts - kInside, std::memory_order_acq_rel) + counts - kInside;
+  // Meets the next phase when it comes late: somebody then looks for nothing, or does not look, no more.
+  if (max_parked_ > 0 && inside(gate) == 1) but_one_left_ns_.store(now_ns(), std::memory_order_relaxed);
+  while ((gate & kOpen) != 0 && inside(gate) == 0 && covered(gate) == static_cast<uint64_t>(needed_))
+    if (gate_.compare_exchange_weak(gate, gate - kOpen, std::memory_order_acq_rel, std::memory_order_acquire))
+      return true;
+  return false;
+}
+
+// Runs on the worker that closed the phase.
 void ThreadPool::finish_phase() {
-  arrived_.store(0, std::memory_order_relaxed);
-  most_arrived_ns_.store(0, std::memory_order_relaxed);
-  if (num_wanting_to_park_.load(std::memory_order_relaxed) != 0) park_workers();
   int next = kDone;
   try {
     if (!failed_.load(std::memory_order_relaxed)) next = job_->next_phase(phase_);
@@ -223,39 +249,53 @@ void ThreadPool::finish_phase() {
   if (next == kDone)
     finished_.advance();
   else
-    phase_starts_.advance();
+    open_phase();
 }
 
-// As finish_phase(): all active workers wait.
-void ThreadPool::park_workers() {
-  num_wanting_to_park_.store(0, std::memory_order_relaxed);
-  const int64_t until = now_ns() + park_policy_.park_ns;
-  for (int worker = 0; worker < num_workers(); ++worker) {
-    Worker& it = workers_[worker];
-    if (it.state.load(std::memory_order_relaxed) != State::kActive || !it.wants_to_park) continue;
-    it.wants_to_park = false;
-    Group& group = groups_[group_of_[worker]];
-    if (group.num_active == 1 || num_workers() - num_active_ >= max_parked_) continue;
-    --group.num_active;
-    --num_active_;
-    it.parked_until_ns = until;
-    it.state.store(State::kParking, std::memory_order_release);
-    num_parks_.fetch_add(1, std::memory_order_relaxed);
+// No phase is open.
+void ThreadPool::open_phase() {
+  but_one_left_ns_.store(0, std::memory_order_relaxed);
+  // Added rather than stored: a worker that came too late may still be counted inside.
+  const uint64_t before = gate_.load(std::memory_order_relaxed) & ~uint64_t{0xffff};
+  gate_.fetch_add((uint64_t{phase_starts_.value() + 1} << 32 | kOpen) - before, std::memory_order_release);
+  phase_starts_.advance();
+}
+
+// Of the last one to leave: whether all would be faster without it. What the others waited for it alone is its doing.
+bool ThreadPool::keeps_others_waiting(int worker, int64_t now) {
+  const int64_t but_one_left = but_one_left_ns_.load(std::memory_order_relaxed);
+  const int num_active = groups_[group_of_[worker]].num_active;
+  if (but_one_left == 0 || now - but_one_left <= park_policy_.late_ns || num_active == 1) return false;
+  // The caller runs, until it waits, on some worker's CPU: it is part of the work, and parking would not end it.
+  int64_t excused = 0;
+  if (caller_cpu_.load(std::memory_order_relaxed) == places_[worker].cpu) {
+    const int64_t wait = wait_ns_.load(std::memory_order_relaxed);
+    excused = (wait == 0 ? now : wait) - start_ns_;
   }
+  return workers_[worker].lost_cpu.look_late(now, run_delay_ns(), now - but_one_left, excused, num_active,
+                                             park_policy_) &&
+         num_workers() - num_active_ < max_parked_;
 }
 
-// Before a job starts. Who does not know yet that it was parked stays so: it might take this job's start for one that
-// it has no part in.
+void ThreadPool::park(int worker, int64_t now) {
+  Worker& me = workers_[worker];
+  me.parked_until_ns = now + me.lost_cpu.park(now, groups_[group_of_[worker]].num_active, park_policy_);
+  --groups_[group_of_[worker]].num_active;
+  --num_active_;
+  me.parked.store(true, std::memory_order_relaxed);
+  num_parks_.fetch_add(1, std::memory_order_relaxed);
+}
+
+// Before a job starts.
 void ThreadPool::resume_workers() {
   const int64_t now = now_ns();
   const int before = num_active_;
   for (int worker = 0; worker < num_workers(); ++worker) {
     Worker& it = workers_[worker];
-    if (it.state.load(std::memory_order_acquire) != State::kParked || now < it.parked_until_ns) continue;
+    if (!it.parked.load(std::memory_order_relaxed) || now < it.parked_until_ns) continue;
     ++groups_[group_of_[worker]].num_active;
     ++num_active_;
-    it.resume_after = phase_starts_.value();
-    it.state.store(State::kActive, std::memory_order_release);
+    it.parked.store(false, std::memory_order_release);
   }
   if (num_active_ != before) resumes_.advance();
 }
@@ -263,13 +303,12 @@ void ThreadPool::resume_workers() {
 // False when the pool stops.
 bool ThreadPool::sleep_while_parked(int worker) {
   Worker& me = workers_[worker];
-  me.state.store(State::kParked, std::memory_order_release);
   uint32_t seen = resumes_.value();
-  while (me.state.load(std::memory_order_acquire) != State::kActive) {
+  while (me.parked.load(std::memory_order_acquire)) {
     if (stopping_.load(std::memory_order_relaxed)) return false;
     seen = resumes_.wait_change(seen, 0);
   }
-  me.lost_cpu.resume(now_ns());
+  me.lost_cpu.resume(now_ns(), run_delay_ns());
   return true;
 }
 

@@ -19,20 +19,24 @@ struct WorkerPlace {
 };
 
 // start(), done() and wait() are for one thread at a time; they never allocate, and lock nothing.
-// Between two phases all workers meet. Waiting threads spin for kSpinNanoseconds, then sleep: an idle pool uses no CPU.
+// A phase ends when all workers in it have returned, at least one of each group: who is late to begin is not waited
+// for. Waiting threads spin for kSpinNanoseconds, then sleep: an idle pool uses no CPU.
 //
-// A worker that keeps losing its CPU to other processes is parked: it sleeps and takes no part, so a job must not count
-// on any one worker, only on one of each group. It comes back at the start of a job. At most a quarter of the workers
-// (of up to seven, one) are parked at a time, never the last of a group, and never where workers share a CPU.
+// A worker that keeps losing its CPU to other processes amid its work is parked: it sleeps for a while. At most a
+// quarter of the workers (of up to seven, one) are parked at a time, never the last of a group, and never where workers
+// share a CPU.
+//
+// So a job must not count on any one worker, only on one of each group, and run() must return only once nothing is left
+// for its group to begin. With kAllTakePart every worker runs every phase once.
 class ThreadPool {
  public:
   static constexpr int kDone = -1;
 
   class Job {
    public:
-    // Every worker that is not parked, once a phase. An exception ends the job after this phase; wait() reports it.
+    // At most once a phase and worker. An exception ends the job after this phase; wait() reports it.
     virtual void run(int phase, int worker) = 0;
-    // One worker, while all others wait: the phase after `phase`, or kDone. Sees all that the phase wrote.
+    // One worker, while no other is in a phase: the phase after `phase`, or kDone. Sees all that the phase wrote.
     virtual int next_phase(int phase) = 0;
 
    protected:
@@ -72,15 +76,12 @@ class ThreadPool {
     int num_workers;
     int num_active;
   };
-  enum class State : int {
-    kActive,   // takes part in phases
-    kParking,  // is to park, and may not know yet
-    kParked,   // knows
+  // A line of its own each: both are written in every phase.
+  struct alignas(64) Covered {
+    std::atomic<uint32_t> phase{0};  // the last one from which a worker of the group has returned
   };
   struct alignas(64) Worker {
-    std::atomic<State> state{State::kActive};
-    bool wants_to_park = false;  // written by the worker before it arrives
-    uint32_t resume_after = 0;   // value of phase_starts_, written while kParked
+    std::atomic<bool> parked{false};
     int64_t parked_until_ns = 0;
     LostCpu lost_cpu;
   };
@@ -91,9 +92,13 @@ class ThreadPool {
 
   void main(int worker);
   void run_phase(int worker);
-  void arrive(int worker, int num_active);
+  bool enter_phase(uint32_t phase);
+  void leave_phase(uint32_t phase, int worker);
+  bool leave(uint64_t covered);
   void finish_phase();
-  void park_workers();
+  void open_phase();
+  bool keeps_others_waiting(int worker, int64_t now);
+  void park(int worker, int64_t now);
   void resume_workers();
   bool sleep_while_parked(int worker);
   void record_error(const char* what);
@@ -107,11 +112,13 @@ class ThreadPool {
   int64_t spin_ns_;
   ParkPolicy park_policy_;
   int max_parked_;
+  int needed_;  // returns that end a phase: of all workers, or one of each group
   std::vector<Worker> workers_;
+  std::vector<Covered> covered_;  // [groups]
   std::vector<Placement> placements_;
   std::string placement_report_;
 
-  // Written while no worker runs a phase, published by phase_starts_.
+  // Written while no worker is in a phase, published by gate_.
   Job* job_ = nullptr;
   int phase_ = kDone;
   int num_active_;
@@ -120,11 +127,18 @@ class ThreadPool {
   EventCount finished_;  // jobs so far
   EventCount resumes_;   // parked workers wait on it
   uint32_t started_ = 0;
+  std::atomic<int> num_placed_{0};
   std::atomic<bool> stopping_{false};
   std::atomic<uint64_t> num_parks_{0};
-  alignas(64) std::atomic<int> arrived_{0};
-  std::atomic<int> num_wanting_to_park_{0};
-  std::atomic<int64_t> most_arrived_ns_{0};  // when, in this phase; 0 so far
+
+  // The caller, who takes a worker's CPU where there is no other.
+  std::atomic<int> caller_cpu_{-1};
+  int64_t start_ns_ = 0;
+  std::atomic<int64_t> wait_ns_{0};  // 0: not yet
+
+  // value of phase_starts_ | open | returns that count | workers inside; see thread_pool.cpp
+  alignas(64) std::atomic<uint64_t> gate_{0};
+  std::atomic<int64_t> but_one_left_ns_{0};  // when one worker was left inside; 0 so far
   std::atomic<bool> failed_{false};
   std::string error_;  // of the worker that set failed_
 

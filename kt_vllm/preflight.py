@@ -142,7 +142,7 @@ def check(engine_args: "EngineArgs", config: KTConfig, model_config: "ModelConfi
 
 
 def _workspace_bytes(engine_args: "EngineArgs", config: KTConfig, plan: CheckpointPlan, top_k: int) -> int:
-    """What the executors take for their calls, one executor a pipeline stage. Raises GGUFError for layers they refuse."""
+    """What the executors take for their calls, one a pipeline stage. Raises GGUFError for layers they refuse."""
     try:
         nbytes = executor_workspace_bytes(
             plan.experts.values(),

@@ -66,9 +66,17 @@ REFUSED: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "cpu_infer negative": (MODEL, (*WEIGHTS, "--kt-cpu-infer", "-3"), ("--kt-cpu-infer is -3", "give 1 or more")),
     "cpu_infer text": (MODEL, (*WEIGHTS, "--kt-cpu-infer", "many"), ("--kt-cpu-infer is 'many'", "a whole number")),
     "cpu_infer fraction": (MODEL, (*WEIGHTS, "--kt-cpu-infer", "2.5"), ("--kt-cpu-infer is '2.5'", "a whole number")),
-    "isa unknown": (MODEL, (*WEIGHTS, "--kt-isa", "sse9"), ("--kt-isa is 'sse9'", "expected one of auto, amx, avx512, avx2")),
+    "isa unknown": (
+        MODEL,
+        (*WEIGHTS, "--kt-isa", "sse9"),
+        ("--kt-isa is 'sse9'", "expected one of auto, amx, avx512, avx2"),
+    ),
     "isa lacking": (MODEL, (*WEIGHTS, "--kt-isa", "avx2"), ("--kt-isa is 'avx2'", "lacks avx2", "choose 'auto'")),
-    "numa unknown": (MODEL, (*WEIGHTS, "--kt-numa", "4000"), ("--kt-numa is '4000'", "no CPU of NUMA node 4000", "give")),
+    "numa unknown": (
+        MODEL,
+        (*WEIGHTS, "--kt-numa", "4000"),
+        ("--kt-numa is '4000'", "no CPU of NUMA node 4000", "give"),
+    ),
     "numa junk": (MODEL, (*WEIGHTS, "--kt-numa", "all"), ("--kt-numa is 'all'", "give auto, off, or a list")),
     "flags without weights": (MODEL, ("--kt-cpu-infer", "2"), ("no weights", "add --kt-gguf PATH")),
     "load_format": (

@@ -32,7 +32,7 @@ def check(executor, case, inputs, isa, float_type="float32", calls_of=(None,)):
     """The inputs in one call; or, for each number in calls_of, in calls of so many tokens.
 
     The error of a layer is a mean: that of a single token, whose few large intermediate values decide, is spread by a
-    fifth around it (0.9 % to 1.7 % of 1.2 %). So a few tokens are no measurement, but many calls of a few are.
+    fifth around it (0.9 % to 1.8 %, mean 1.2 %). So a few tokens are no measurement, but many calls of a few are.
     """
     hidden_states, topk_ids, topk_weights = inputs
     rounded = from_bits(to_bits(hidden_states, float_type), float_type)

@@ -80,8 +80,10 @@ class Executor {
 
 std::vector<std::string> isas(uint32_t features) {
   std::vector<std::string> names;
-  for (const kt::KernelTable* table : kt::kernel_tables())
-    if ((table->required_features & ~features) == 0) names.emplace_back(table->isa);
+  for (const kt::KernelTable* table : kt::kernel_tables()) {
+    if ((table->required_features & ~features) != 0) continue;
+    if (names.empty() || names.back() != table->isa) names.emplace_back(table->isa);  // variants stand side by side
+  }
   return names;
 }
 

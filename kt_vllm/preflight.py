@@ -14,12 +14,12 @@ from kt_vllm import _native, compat
 from kt_vllm.checkpoint import CheckpointPlan
 from kt_vllm.config import CONFIG_KEY, KTConfig
 from kt_vllm.cpus import allowed_cpus, choose_cpus, nodes_of
-from kt_vllm.errors import ConfigError, ResourceError
+from kt_vllm.errors import ConfigError, GGUFError, ResourceError
 from kt_vllm.gguf.reader import GGUFModel
 from kt_vllm.hf_config import CONFIG_FORMAT
 from kt_vllm.loader import LOAD_FORMAT
 from kt_vllm.log import init_logger
-from kt_vllm.memory import available_host_memory, check_memory
+from kt_vllm.memory import available_host_memory, check_memory, executor_workspace_bytes
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
@@ -29,6 +29,8 @@ logger = init_logger(__name__)
 
 # Speculators that load no second set of weights.
 _SPECULATORS_WITHOUT_WEIGHTS = ("ngram", "ngram_gpu", "suffix")
+# Tokens that the executor computes at once (kMaxPieceTokens in csrc/executor).
+_LONGEST_PIECE = 4096
 
 
 def check_model_folder(engine_args: "EngineArgs") -> None:
@@ -131,8 +133,28 @@ def check(engine_args: "EngineArgs", config: KTConfig, model_config: "ModelConfi
             f"config.json asks for the activation {activation!r}; the executor computes silu. "
             f"Serve this model without --kt-gguf."
         )
-    dense_bytes = plan.dense_bytes_at(model_config.dtype.itemsize)
-    check_memory({"routed experts": plan.expert_bytes, "dense weights": dense_bytes}, available_host_memory())
+    needed = {
+        "routed experts": plan.expert_bytes,
+        "dense weights": plan.dense_bytes_at(model_config.dtype.itemsize),
+        "executor workspace": _workspace_bytes(engine_args, config, plan, hf_config.num_experts_per_tok),
+    }
+    check_memory(needed, available_host_memory())
+
+
+def _workspace_bytes(engine_args: "EngineArgs", config: KTConfig, plan: CheckpointPlan, top_k: int) -> int:
+    """What the executors take for their calls, one a pipeline stage. Raises GGUFError for layers they refuse."""
+    try:
+        nbytes = executor_workspace_bytes(
+            plan.experts.values(),
+            isa=config.isa,
+            cpus=config.cpus,
+            # vLLM settles its own default later; the executor cuts what is longer than this.
+            max_num_tokens=engine_args.max_num_batched_tokens or _LONGEST_PIECE,
+            top_k=top_k,
+        )
+    except _native.NativeError as error:
+        raise GGUFError(f"the experts of {config.gguf!r} cannot be computed: {error}") from None
+    return nbytes * engine_args.pipeline_parallel_size
 
 
 def _log_ignored(plan: CheckpointPlan) -> None:

@@ -135,7 +135,8 @@ double measure_peak(const std::string& kind, const std::vector<int>& cpus, doubl
   const uint32_t missing = loop->required_features & ~detect_cpu_features();
   KT_CHECK(missing == 0, "the peak of \"", kind, "\" needs ", cpu_feature_names(missing),
            ", which this CPU or its operating system lacks; choose one that peak_kinds() lists");
-  ThreadPool pool(places_of(cpus), kNeverPark);  // after detect_cpu_features(): its threads inherit the permission to use tiles
+  // After detect_cpu_features(): its threads inherit the permission to use tiles.
+  ThreadPool pool(places_of(cpus), kNeverPark);
   Bursts bursts(pool.num_workers(), seconds / kBursts, [&](int) {
     for (int i = 0; i < kCountEvery; ++i) loop->run(kRoundsPerLoop);
     return loop->ops_per_round * kRoundsPerLoop * kCountEvery;

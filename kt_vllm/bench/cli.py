@@ -40,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--tokens", default="1,8,64,512,4096", help="calls of so many tokens, a row of the table each")
     add("--threads", type=int, default=argparse.SUPPRESS, help="(default: physical cores minus one)")
     add("--isa", default="auto")
+    add("--numa", metavar="auto|off|LIST", default="auto", help="NUMA nodes to use, as --kt-numa")
     add("--dtype", default="bfloat16", choices=FLOAT_TYPES, help="of the hidden states")
     add("--seconds", type=float, default=2.0, help="of calls for each row")
     add("--repeats", type=int, default=5, help="calls for each row, at least")
@@ -75,6 +76,7 @@ def parse(arguments: Sequence[str]) -> tuple[LayerBench, Path | None]:
         tokens=_numbers(args.tokens, "--tokens"),
         threads=getattr(args, "threads", None),
         isa=args.isa,
+        numa=args.numa,
         float_type=args.dtype,
         seconds=args.seconds,
         repeats=args.repeats,

@@ -124,7 +124,10 @@ class LoadedLayer:
     def __init__(self, weights: LayerWeights, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         bench = weights.bench
         self.bench, self.weights = bench, weights
-        self.executor = _native.Executor(isa=bench.isa, cpus=bench.cpus(), max_num_tokens=max(bench.tokens))
+        placement = bench.placement()
+        self.executor = _native.Executor(
+            isa=bench.isa, cpus=list(placement.cpus), nodes=list(placement.nodes), max_num_tokens=max(bench.tokens)
+        )
         try:
             self.executor.add_layer(*weights.tensors())
             huge_before, start = huge_page_bytes(), time.perf_counter()

@@ -30,7 +30,9 @@ def machine_json(bench: LayerBench, layer: LoadedLayer, read_rate: float) -> dic
         "threads": len(bench.cpus()),
         "isa": executor.isa,
         "isa_reason": executor.isa_reason,
+        "numa": bench.numa,
         "placement": executor.placement_report,
+        "memory": executor.memory_report,
         "neighbour": bench.neighbour,
         "layer": {
             "hidden": bench.hidden_size,
@@ -98,7 +100,7 @@ def print_header(console: Console, report: dict[str, Any]) -> None:
         ("DRAM read", f"{limits['dram']:.1f} GB/s with these threads ({dram})"),
         ("peaks, TOPS", f"{peaks} (the better of before and after)" if peaks else "none measured"),
         ("load", f"{loading} {load['page_cache_gb_per_s']:.1f} GB/s"),
-        ("huge pages", f"{min(1.0, load['huge_page_bytes'] / load['bytes']):.0%} of the weights"),
+        ("memory", report["memory"]),
     ]
     pairs = [(before["dram"], after["dram"])]
     if kind := limits["int8_kind"]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from kt_vllm import _native
 from kt_vllm.bench.random_weights import TYPES
-from kt_vllm.cpus import allowed_cpus, choose_cpus
+from kt_vllm.cpus import CpuChoice, allowed_cpus, choose_cpus
 from kt_vllm.errors import ConfigError
 
 FLOAT_TYPES = ("bfloat16", "float16", "float32")
@@ -18,7 +18,7 @@ class LayerBench:
 
     tokens: a measurement each. seconds: for each of them; repeats: calls each has at least. dram_bytes: read for the
     bandwidth, 0 for a choice by cache size and free memory; limit_seconds: for each limit. neighbour: a CPU that
-    something else keeps busy meanwhile, or None.
+    something else keeps busy meanwhile, or None. numa: as --kt-numa.
     """
 
     hidden_size: int = 7168
@@ -29,6 +29,7 @@ class LayerBench:
     tokens: tuple[int, ...] = (1, 8, 64, 512, 4096)
     threads: int | None = None
     isa: str = "auto"
+    numa: str = "auto"
     float_type: str = "bfloat16"
     seconds: float = 2.0
     repeats: int = 5
@@ -64,6 +65,10 @@ class LayerBench:
             raise ConfigError(f"--dtype is '{self.float_type}', expected one of {', '.join(FLOAT_TYPES)}")
         if self.neighbour is not None and self.neighbour not in allowed_cpus():
             raise ConfigError(f"--neighbour is CPU {self.neighbour}, which this process may not use")
+        try:
+            self.placement()
+        except ConfigError as error:
+            raise ConfigError(str(error).replace("--kt-numa", "--numa")) from None
         self._check_types()
 
     def _check_types(self) -> None:
@@ -99,6 +104,10 @@ class LayerBench:
         """Multiplications and additions of one call."""
         return 2.0 * 3 * self.hidden_size * self.intermediate_size * self.top_k * num_tokens
 
+    def placement(self) -> CpuChoice:
+        """CPU and memory node of each thread, as `kt-vllm serve` would choose. Raises ConfigError as choose_cpus()."""
+        return choose_cpus(self.threads, allowed_cpus(), numa=self.numa)
+
     def cpus(self) -> list[int]:
-        """The logical CPU of each thread, as `kt-vllm serve` would choose."""
-        return list(choose_cpus(self.threads, allowed_cpus()).cpus)
+        """The logical CPU of each thread."""
+        return list(self.placement().cpus)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kt_vllm import _native
 from kt_vllm.memory import available_host_memory
 from tests import gguf_files as files
 from tests.e2e.score import GGUF, MODEL_DIR
@@ -53,20 +54,30 @@ REFUSED: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     ),
     "expert type": (
         MODEL,
-        ("--kt-gguf", "@/iq2_xxs.gguf"),
-        ("blk.1.ffn_gate_exps.weight", "IQ2_XXS", "no kernels", "use a file with experts in", "Q4_K"),
+        ("--kt-gguf", "@/tq2_0.gguf"),
+        ("blk.1.ffn_gate_exps.weight", "TQ2_0", "no kernels", "use a file with experts in", "Q4_K"),
     ),
     "memory": (
         "@/config_huge",
         ("--kt-gguf", "@/huge.gguf"),
-        ("loading needs", "GiB of host memory", "are available", "smaller quantisation"),
+        ("loading needs", "GiB of host memory", "executor workspace", "are available", "smaller quantisation"),
     ),
     "cpu_infer 0": (MODEL, (*WEIGHTS, "--kt-cpu-infer", "0"), ("--kt-cpu-infer is 0", "give 1 or more")),
     "cpu_infer negative": (MODEL, (*WEIGHTS, "--kt-cpu-infer", "-3"), ("--kt-cpu-infer is -3", "give 1 or more")),
     "cpu_infer text": (MODEL, (*WEIGHTS, "--kt-cpu-infer", "many"), ("--kt-cpu-infer is 'many'", "a whole number")),
     "cpu_infer fraction": (MODEL, (*WEIGHTS, "--kt-cpu-infer", "2.5"), ("--kt-cpu-infer is '2.5'", "a whole number")),
-    "isa unknown": (MODEL, (*WEIGHTS, "--kt-isa", "sse9"), ("--kt-isa is 'sse9'", "expected one of auto, avx2")),
+    "isa unknown": (
+        MODEL,
+        (*WEIGHTS, "--kt-isa", "sse9"),
+        ("--kt-isa is 'sse9'", "expected one of auto, amx, avx512, avx2"),
+    ),
     "isa lacking": (MODEL, (*WEIGHTS, "--kt-isa", "avx2"), ("--kt-isa is 'avx2'", "lacks avx2", "choose 'auto'")),
+    "numa unknown": (
+        MODEL,
+        (*WEIGHTS, "--kt-numa", "4000"),
+        ("--kt-numa is '4000'", "no CPU of NUMA node 4000", "give"),
+    ),
+    "numa junk": (MODEL, (*WEIGHTS, "--kt-numa", "all"), ("--kt-numa is 'all'", "give auto, off, or a list")),
     "flags without weights": (MODEL, ("--kt-cpu-infer", "2"), ("no weights", "add --kt-gguf PATH")),
     "load_format": (
         MODEL,
@@ -112,7 +123,7 @@ def made_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     files.model_folder(folder / "config_32_experts", n_routed_experts=32)
     files.model_folder(folder / "config_hidden_1024", hidden_size=1024)
-    files.write_sparse(folder / "iq2_xxs.gguf", files.TINY_SHAPE, lambda name: "IQ2_XXS" if "_exps." in name else "F32")
+    files.write_sparse(folder / "tq2_0.gguf", files.TINY_SHAPE, lambda name: "TQ2_0" if "_exps." in name else "F32")
     shape = files.TINY_SHAPE
     bytes_of_one = 3 * (shape.layers - shape.first_dense) * shape.experts * shape.hidden * 144 // 256
     intermediate = 256 * (2 * available_host_memory() // bytes_of_one // 256 + 1)
@@ -134,6 +145,7 @@ def ended(made_files: Path) -> dict[str, dict[str, Any]]:
     """How each case ended in engine_configs.py."""
     cases = {name: (model, flags) for name, (model, flags, _) in REFUSED.items()}
     cases["many threads"] = (MODEL, (*WEIGHTS, "--kt-cpu-infer", str(MANY_THREADS)))
+    cases |= {isa: (MODEL, (*WEIGHTS, "--kt-isa", isa)) for isa in _native.available_isas()}
     wanted = [
         {"name": name, "arguments": _command(made_files, *case), "isa_error": ISA_ERRORS.get(name)}
         for name, case in cases.items()
@@ -163,6 +175,11 @@ def test_refused_before_an_engine_starts(name: str, ended: dict[str, dict[str, A
     # A string in SystemExit is printed as the last line, and the exit code is 1.
     assert "exit" in ended[name], ended[name]
     check_sentence(ended[name]["exit"], REFUSED[name][2])
+
+
+@pytest.mark.parametrize("isa", _native.available_isas())
+def test_every_isa_of_this_cpu_is_taken(isa: str, ended: dict[str, dict[str, Any]]) -> None:
+    assert ended[isa].get("config", {}).get("kt", {}).get("isa") == isa, ended[isa]
 
 
 def test_more_threads_than_cpus_is_a_warning(ended: dict[str, dict[str, Any]]) -> None:

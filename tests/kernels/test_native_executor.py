@@ -7,17 +7,18 @@ from kt_vllm import _native
 from tests.compare import assert_close_to_reference, assert_same_bits, relative_l2
 from tests.moe_case import MoECase, from_bits, make_executor, run, to_bits
 from tests.tolerances import (
+    FLOAT_TYPES,
     INT8_BLOCKS,
     MAX_LAYER_ERROR_SAME_QUANTS,
     SAME_QUANTS_QUANTILE,
+    TILE_ISAS,
     int8_blocks,
     max_layer_error,
 )
 
 ISAS = _native.available_isas()
 ISA_TYPES = [(isa, type) for isa in ISAS for type in _native.supported_types(isa)]
-# With tile kernels an expert of many tokens takes another path, so a token's bits depend on the batch around it.
-TILE_ISAS = {"amx"}
+QUANTISED = [type for type in _native.type_sizes() if type not in FLOAT_TYPES]
 MIXES = [
     ("Q4_K", "Q4_K", "Q6_K"),
     ("Q8_0", "Q5_K", "Q4_K"),
@@ -27,37 +28,46 @@ MIXES = [
 ]
 
 
-def check(executor, case, inputs, isa, float_type="float32"):
+def check(executor, case, inputs, isa, float_type="float32", calls_of=(None,)):
+    """The inputs in one call; or, for each number in calls_of, in calls of so many tokens.
+
+    The error of a layer is a mean: that of a single token, whose few large intermediate values decide, is spread by a
+    fifth around it (0.9 % to 1.8 %, mean 1.2 %). So a few tokens are no measurement, but many calls of a few are.
+    """
     hidden_states, topk_ids, topk_weights = inputs
-    actual = run(executor, hidden_states, topk_ids, topk_weights, float_type=float_type)
     rounded = from_bits(to_bits(hidden_states, float_type), float_type)
-    assert_close_to_reference(
-        actual,
-        case.expected(rounded, topk_ids, topk_weights),
-        tolerance=max_layer_error(isa, case.types, float_type),
-        isa=isa,
-        type="/".join(case.types),
-    )
+    expected = case.expected(rounded, topk_ids, topk_weights)
+    for count in calls_of:
+        parts = np.array_split(np.arange(len(topk_ids)), range(count, len(topk_ids), count) if count else 1)
+        actual = [run(executor, *(values[part] for values in inputs), float_type=float_type) for part in parts]
+        assert_close_to_reference(
+            np.concatenate(actual),
+            expected,
+            tolerance=max_layer_error(isa, case.types, float_type),
+            isa=isa,
+            type="/".join(case.types),
+        )
 
 
 @pytest.mark.parametrize(("isa", "type"), ISA_TYPES)
 def test_every_type(tmp_path, isa, type):
     case = MoECase(tmp_path / "experts", (type,) * 3, hidden_size=768, intermediate_size=512)
     executor = make_executor(case, isa=isa)
-    for num_tokens in (1, 2, 3, 4, 5, 9, 33):
-        check(executor, case, case.inputs(num_tokens, seed=num_tokens), isa)
+    if isa in INT8_BLOCKS:
+        check(executor, case, case.inputs(66), isa, calls_of=(1, 2, 3, 4, 5, 9, 33, 66))
+    else:  # exact, so a few tokens will do, and slow
+        check(executor, case, case.inputs(9), isa, calls_of=(1, 2, 5, 9))
 
 
 @pytest.mark.parametrize("types", MIXES, ids="-".join)
 @pytest.mark.parametrize("isa", ISAS)
 def test_mixed_types(tmp_path, isa, types):
-    case = MoECase(tmp_path / "experts", types, per_expert=True)
+    case = MoECase(tmp_path / "experts", types, hidden_size=512, intermediate_size=512, per_expert=True)
     executor = make_executor(case, isa=isa)
-    for num_tokens in (1, 6, 40):
-        check(executor, case, case.inputs(num_tokens), isa)
+    check(executor, case, case.inputs(80 if isa in INT8_BLOCKS else 8), isa, calls_of=(1, 6, 40))
 
 
-@pytest.mark.parametrize("types", [(type,) * 3 for type in ("Q8_0", "Q4_K", "Q5_K", "Q6_K")] + MIXES, ids="-".join)
+@pytest.mark.parametrize("types", [(type,) * 3 for type in QUANTISED] + MIXES, ids="-".join)
 @pytest.mark.parametrize("isa", [isa for isa in ISAS if isa in INT8_BLOCKS])
 def test_nothing_but_the_activations_is_rounded(tmp_path, isa, types):
     case = MoECase(tmp_path / "experts", types)
@@ -76,7 +86,7 @@ def test_nothing_but_the_activations_is_rounded(tmp_path, isa, types):
 def test_float_types(tmp_path, isa, float_type):
     case = MoECase(tmp_path / "experts", ("Q8_0",) * 3, hidden_size=96, intermediate_size=160)
     executor = make_executor(case, isa=isa)
-    hidden_states, topk_ids, topk_weights = case.inputs(17)
+    hidden_states, topk_ids, topk_weights = case.inputs(60)
     # Small weights: float16 ends at 65504.
     check(executor, case, (hidden_states, topk_ids, topk_weights / 100), isa, float_type)
 
@@ -94,16 +104,25 @@ def test_every_batch_size(tmp_path, isa):
     """1 to 300 tokens, skewed and repeated ids; on one path a token's result does not depend on those beside it."""
     case = MoECase(tmp_path / "experts", ("Q8_0",) * 3, num_experts=8, hidden_size=64, intermediate_size=96)
     executor = make_executor(case, isa=isa)
-    hidden_states, topk_ids, topk_weights = case.inputs(300, top_k=4)
-    check(executor, case, (hidden_states, topk_ids, topk_weights), isa)
-    whole = run(executor, hidden_states, topk_ids, topk_weights)
+    inputs = case.inputs(300, top_k=4)
+    check(executor, case, inputs, isa)
+    whole, expected = run(executor, *inputs), case.expected(*inputs)
+    few = []  # too few tokens each: see check()
     for n in range(1, 301):
-        part = slice(300 - n, 300)
-        inputs = hidden_states[part], topk_ids[part], topk_weights[part]
-        if isa in TILE_ISAS:
-            check(executor, case, inputs, isa)
+        begin = 37 * n % (301 - n)
+        part = slice(begin, begin + n)
+        actual = run(executor, *(values[part] for values in inputs))
+        if isa not in TILE_ISAS:
+            assert_same_bits(actual, whole[part], isa=isa)
+        elif n < 50:
+            few.append((actual, expected[part]))
         else:
-            assert_same_bits(run(executor, *inputs), whole[part], isa=isa)
+            assert_close_to_reference(
+                actual, expected[part], tolerance=max_layer_error(isa, case.types), isa=isa, type="Q8_0"
+            )
+    if few:
+        actual, wanted = map(np.concatenate, zip(*few, strict=True))
+        assert_close_to_reference(actual, wanted, tolerance=max_layer_error(isa, case.types), isa=isa, type="Q8_0")
 
 
 @pytest.mark.parametrize(("isa", "type"), ISA_TYPES)

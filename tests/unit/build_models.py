@@ -108,7 +108,7 @@ def check_output(vllm_config: VllmConfig, runners: list[MoERunner], folder: str)
             )
             expected = torch.from_numpy(case.expected(x.float().numpy(), topk_ids, topk_weights))
             error = (output.double() - expected).norm() / expected.norm()
-            assert error < max_layer_error("avx2", case.types, "bfloat16"), (runner.layer_name, error)
+            assert error < max_layer_error(executor.native.isa, case.types, "bfloat16"), (runner.layer_name, error)
             if shared is not None:
                 assert torch.equal(shared.output, shared._layer(x)), runner.layer_name
     executor.close()

@@ -48,7 +48,9 @@ def _run(*arguments: str) -> subprocess.CompletedProcess:
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """Of a run with vLLM and torch out of reach."""
     path = tmp_path_factory.mktemp("bench") / "report.json"
-    result = _run("--tokens", "1,40", "--type", "Q4_K/Q4_K/Q6_K", "--json", str(path), "--neighbour", str(CPU))
+    result = _run(
+        "--tokens", "1,40", "--type", "Q4_K/Q4_K/Q6_K", "--json", str(path), "--neighbour", str(CPU), "--numa", "off"
+    )
     assert result.returncode == 0, result.stderr
     report = json.loads(path.read_text())
     report["output"] = result.stdout
@@ -57,7 +59,15 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 def test_the_table_names_what_was_measured(report: dict) -> None:
     output = report["output"]
-    for text in ("Q4_K/Q4_K/Q6_K", report["isa_reason"], report["placement"], "DRAM read", "x roof", "huge pages"):
+    for text in (
+        "Q4_K/Q4_K/Q6_K",
+        report["isa_reason"],
+        report["placement"],
+        report["memory"],
+        "DRAM read",
+        "x roof",
+        "huge pages",
+    ):
         assert text in output
     for row in report["tokens"]:
         assert any(line.split()[:2] == [str(row["tokens"]), str(row["calls"])] for line in output.splitlines())
@@ -68,7 +78,7 @@ def test_the_json_has_everything(report: dict) -> None:
     assert report["layer"]["types"] == ["Q4_K", "Q4_K", "Q6_K"]
     assert report["layer"]["expert_bytes"] == 256 * (144 + 144 + 210)
     assert report["load"]["bytes"] == 6 * report["layer"]["expert_bytes"]
-    assert report["threads"] == 1 and report["neighbour"] == CPU
+    assert report["threads"] == 1 and report["neighbour"] == CPU and report["numa"] == "off"
     limits = report["limits"]
     before, after = limits["before"], limits["after"]
     assert limits["dram"] == max(before["dram"], after["dram"]) > 0
@@ -140,6 +150,8 @@ def test_a_wrong_result_shows_in_the_error(monkeypatch: pytest.MonkeyPatch) -> N
         (["--seconds", "nan"], "--seconds is nan"),
         (["--seed", "-1"], "--seed is -1"),
         (["--dram-mib", "-1"], "--dram-mib is -1"),
+        (["--numa", "all"], "--numa is 'all'; give auto, off, or a list"),
+        (["--numa", "4000"], "no CPU of NUMA node 4000"),
         (["--isa", "z80"], "kernels 'z80' do not exist"),
         (["--dtype", "int3"], "invalid choice"),
         (["--json", "/nowhere/at/all.json"], "/nowhere/at does not exist"),

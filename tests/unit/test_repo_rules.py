@@ -23,7 +23,7 @@ MAY_PRINT = {"kt_vllm/cli.py"}
 # Rule 4.
 MAY_PATCH_VLLM = {"kt_vllm/compat.py"}
 # Rule 7: the folders compiled with flags of their own.
-ISA_FOLDERS = ("csrc/kernels/avx2/", "csrc/kernels/avx512/", "csrc/kernels/amx/")
+ISA_FOLDERS = ("csrc/kernels/panel/", "csrc/kernels/amx/")
 
 
 def _files() -> list[str]:

@@ -25,7 +25,7 @@ from kt_vllm.bench.settings import LayerBench
 NUM_DISTINCT = 4
 _ROUTINGS_FEW = 64  # up to 64 tokens
 _ROUTINGS_MANY = 8  # above, where nearly every expert is touched anyway
-_CHECKED_TOKENS = 4
+_CHECKED_TOKENS = 16  # at least, for the error: that of a single token is spread by a fifth
 _READ_SECONDS = 0.3
 
 
@@ -146,9 +146,9 @@ class LoadedLayer:
     def close(self) -> None:
         self.executor.close()
 
-    def inputs(self, num_tokens: int) -> NDArray:
-        """Normal hidden states [num_tokens, hidden_size] as bits of the float type."""
-        rng = np.random.default_rng((self.bench.seed, num_tokens))
+    def inputs(self, num_tokens: int, draw: int = 0) -> NDArray:
+        """Normal hidden states [num_tokens, hidden_size] as bits of the float type; others for each draw."""
+        rng = np.random.default_rng((self.bench.seed, num_tokens, draw))
         values = rng.standard_normal((num_tokens, self.bench.hidden_size), np.float32)
         return float_bits(values, self.bench.float_type)
 
@@ -199,12 +199,20 @@ def measure_tokens(layer: LoadedLayer, num_tokens: int) -> TokensResult:
         routing = next(sequence)
         result.seconds.append(layer.call(hidden_states, routing, output))
         result.experts.append(routing.experts)
-    result.error = _error(layer, hidden_states, routing, output)
+    checks = []
+    for draw in range(-(-_CHECKED_TOKENS // num_tokens)):
+        hidden_states, routing = layer.inputs(num_tokens, draw), next(sequence)
+        layer.call(hidden_states, routing, output)
+        checks.append(_actual_expected(layer, hidden_states, routing, output))
+    actual, expected = map(np.concatenate, zip(*checks, strict=True))
+    result.error = relative_error(actual, expected)
     return result
 
 
-def _error(layer: LoadedLayer, hidden_states: NDArray, routing: Routing, output: NDArray) -> float:
-    """Relative L2 of a few tokens of one call against the dequantised weights in float64."""
+def _actual_expected(
+    layer: LoadedLayer, hidden_states: NDArray, routing: Routing, output: NDArray
+) -> tuple[NDArray, NDArray]:
+    """Some tokens of one call, and the same with the dequantised weights in float64."""
     num_tokens, float_type = len(hidden_states), layer.bench.float_type
     some = np.unique(np.linspace(0, num_tokens - 1, _CHECKED_TOKENS).astype(int))
     # Experts with the same weights count as one expert: the sum of a token is the same.
@@ -212,7 +220,7 @@ def _error(layer: LoadedLayer, hidden_states: NDArray, routing: Routing, output:
     x = float_values(hidden_states[some], float_type)
     gate, up, down = layer.weights.dequantized
     expected = reference.moe_layer(x, ids, routing.weights[some], gate, up, down)
-    return relative_error(float_values(output[some], float_type), expected)
+    return float_values(output[some], float_type), expected
 
 
 def relative_error(actual: NDArray, expected: NDArray) -> float:

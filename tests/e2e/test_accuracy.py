@@ -46,6 +46,7 @@ def score(llm: dict, kt: dict | None = None, *flags: str) -> tuple[dict, str]:
 
 
 def assert_exact_enough(result: dict) -> None:
+    print(result)  # for pytest -rP
     assert result["missing_mass"] < MAX_MISSING_MASS, result
     assert result["nll_difference"] < MAX_MEAN_NLL_DIFFERENCE, result
     assert result["kl"] < MAX_MEAN_KL, result
@@ -62,6 +63,8 @@ def test_reference_isa_two_threads_and_small_batches() -> None:
     result, log = score({"enforce_eager": True, "max_num_seqs": 2}, {"isa": "reference", "cpu_infer": 2})
     assert_exact_enough(result)
     assert "reference" in log and "its CPU op is wrong for interleaved RoPE" in log
+    for once in ("layers run here. reference", "pinned 2 threads", "of experts in host memory"):
+        assert log.count(once) == 1, once
 
 
 def test_eager_with_a_quantization_config_in_the_model_folder(tmp_path: Path) -> None:

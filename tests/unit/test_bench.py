@@ -48,9 +48,8 @@ def _run(*arguments: str) -> subprocess.CompletedProcess:
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """Of a run with vLLM and torch out of reach."""
     path = tmp_path_factory.mktemp("bench") / "report.json"
-    result = _run(
-        "--tokens", "1,40", "--type", "Q4_K/Q4_K/Q6_K", "--json", str(path), "--neighbour", str(CPU), "--numa", "off"
-    )
+    size = ("--hidden", "512", "--intermediate", "512", "--type", "Q4_K/Q4_K/Q6_K")
+    result = _run(*size, "--tokens", "1,40", "--json", str(path), "--neighbour", str(CPU), "--numa", "off")
     assert result.returncode == 0, result.stderr
     report = json.loads(path.read_text())
     report["output"] = result.stdout
@@ -76,7 +75,7 @@ def test_the_table_names_what_was_measured(report: dict) -> None:
 def test_the_json_has_everything(report: dict) -> None:
     assert report["version"] == 1
     assert report["layer"]["types"] == ["Q4_K", "Q4_K", "Q6_K"]
-    assert report["layer"]["expert_bytes"] == 256 * (144 + 144 + 210)
+    assert report["layer"]["expert_bytes"] == 4 * 256 * (144 + 144 + 210)
     assert report["load"]["bytes"] == 6 * report["layer"]["expert_bytes"]
     assert report["threads"] == 1 and report["neighbour"] == CPU and report["numa"] == "off"
     limits = report["limits"]
@@ -218,7 +217,8 @@ def test_the_roof_is_the_larger_of_bytes_and_arithmetic() -> None:
 
 
 def test_limits_are_plausible() -> None:
-    peaks = {kind: _native.measure_peak(kind, [CPU], 0.05) for kind in _native.peak_kinds()}
+    # The best of three, since other tests and machines may be busy meanwhile.
+    peaks = {kind: max(_native.measure_peak(kind, [CPU], 0.05) for _ in range(3)) for kind in _native.peak_kinds()}
     for kind, peak in peaks.items():
         assert 1e9 < peak < 1e14, kind
     # Twice the width cannot be slower by much; what is wrong by a factor would be.

@@ -270,7 +270,7 @@ def build_extension() -> None:
 
 
 def main() -> None:
-    if Path(sys.prefix).resolve() != VENV:
+    if Path(sys.prefix).resolve() != VENV.resolve():
         check_tools()
         python = make_venv()
         # The rest runs inside the venv: there importlib.metadata and sysconfig speak of what is being installed.

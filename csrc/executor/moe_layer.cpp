@@ -244,7 +244,9 @@ void MoELayer::gate_up_vectors(const MoEPiece& piece, const WorkItem& item, cons
     const int num_tokens = std::min(kVectorTokens, item.num_tokens - done);
     const int first_slot = group.first_slot + item.first_token + done;
     const int32_t* tokens = piece.groups.slot_tokens() + first_slot;
-    multiply_vectors(gate_, item, group.expert, {inputs[0], tokens, num_tokens}, scratch.gate, item.num_rows);
+    const uint8_t* next_rows = up_.panel(item.slice, group.expert, item.first_row);
+    multiply_vectors(gate_, item, group.expert, {inputs[0], tokens, num_tokens, next_rows}, scratch.gate,
+                     item.num_rows);
     multiply_vectors(up_, item, group.expert, {inputs[1], tokens, num_tokens}, scratch.up, item.num_rows);
     for (int t = 0; t < num_tokens; ++t) {
       float* row = scratch.gate + t * item.num_rows;

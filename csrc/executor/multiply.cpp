@@ -25,7 +25,8 @@ void multiply_vectors(const ExpertWeights& weights, const WorkItem& item, int ex
                           .output_stride = static_cast<size_t>(stride),
                           .num_rows = item.num_rows,
                           .num_tokens = input.num_tokens,
-                          .k = weights.k()});
+                          .k = weights.k(),
+                          .next_weights = input.next_weights});
 }
 
 void multiply_tiles(std::initializer_list<TileProduct> products, const WorkItem& item, int expert, bool precise,

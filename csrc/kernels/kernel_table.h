@@ -35,7 +35,8 @@ struct GemmParams {
   size_t output_stride;       // >= num_rows
   int num_rows;
   int num_tokens;
-  int k;  // multiple of the type's block size
+  int k;                                  // multiple of the type's block size
+  const uint8_t* next_weights = nullptr;  // what the caller will read next, for prefetching; nullptr: unknown
 };
 
 // How tile kernels want activations: tokens of one expert in groups of 16, in memory only the table understands.

@@ -14,7 +14,10 @@ namespace {
 constexpr int kGroupK = 32;  // an activation block
 constexpr int kMaxTokens =
     64;  // tokens that share one unpacking; their sums, 4 KiB a panel, stay in the first level cache
-constexpr int kPrefetchBytes = 4096;  // how far ahead of use weights are asked for; measured, see benchmarks/RESULTS.md
+constexpr int kPrefetchBytes = 4096;  // how far ahead of unpack_chunk() weights are asked for
+// The same of the vector GEMM, into the second level cache. 16 threads, one token, from DRAM, in one run: against this,
+// 2048 to 8192 into the first level ran at 0.85 to 0.95, 8192 and 32768 into the second at 0.97 and 0.94, none at 0.7.
+constexpr size_t kFarPrefetchBytes = 16384;
 
 using Sums = float[kMaxTokens][kPanelRows];
 
@@ -31,13 +34,25 @@ inline void unpack_chunk(const uint8_t* panel_blocks, int num_k, Codes& codes) {
   }
 }
 
-// Asks for the weights kPrefetchBytes beyond group g of a chunk, which may lie past the end of the tensor: a few lines
-// between the computations of each group, as more than the processor has buffers for would hold it up.
+// Asks for the weights of group g of the chunk at `ahead`: a few lines between the computations of each group, as more
+// than the processor has buffers for would hold it up.
 template <class Unpack>
-inline void prefetch_group(const uint8_t* chunk, int g) {
+inline void prefetch_group(const uint8_t* ahead, int g) {
   constexpr size_t kGroupBytes = size_t{kPanelRows} * Unpack::kBlockBytes * kGroupK / Unpack::kBlock;
-  const uintptr_t ahead = reinterpret_cast<uintptr_t>(chunk) + g * kGroupBytes + kPrefetchBytes;
-  for (size_t i = 0; i < kGroupBytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(ahead + i), _MM_HINT_T0);
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(ahead) + g * kGroupBytes;  // may lie past the end of the tensor
+  for (size_t i = 0; i < kGroupBytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(begin + i), _MM_HINT_T1);
+}
+
+// Where the weights stand that are used kFarPrefetchBytes after those at `offset` of panel `panel` of the kPanels from
+// row `row` on: in the same panel, in the next ones of the call, or in what is read after it; nullptr: nowhere known.
+template <int kPanels>
+inline const uint8_t* far_ahead(const GemmParams& p, int row, int panel, size_t offset) {
+  const size_t ahead = offset + kFarPrefetchBytes;
+  const uint8_t* base = p.weights + static_cast<size_t>(row / kPanelRows + panel) * p.panel_bytes;
+  if (ahead < p.panel_bytes) return base + ahead;
+  if (row + (kPanels + panel) * kPanelRows < p.num_rows) return base + (kPanels - 1) * p.panel_bytes + ahead;
+  return p.next_weights == nullptr ? nullptr
+                                   : p.next_weights + (panel - 1) * static_cast<ptrdiff_t>(p.panel_bytes) + ahead;
 }
 
 constexpr int kTokenTile = kLanes == 16 ? 6 : 4;
@@ -48,11 +63,10 @@ constexpr int kPanelsAtOnce = 2 / kHalves;  // panels of a tile of two vectors
 struct Tile {
   const Codes* codes;  // of each panel
   int num_groups;
-  const ActivationBlock32* const* x;  // of each token
-  Sums* sums;                         // of each panel
-  int token;                          // the first one's place in sums
-  const uint8_t* chunk;               // the codes' weights in the first panel, to prefetch; nullptr: others did
-  size_t panel_bytes;
+  const ActivationBlock32* const* x;    // of each token
+  Sums* sums;                           // of each panel
+  int token;                            // the first one's place in sums
+  const uint8_t* ahead[kPanelsAtOnce];  // of each panel, to prefetch; nullptr: nothing, or others did
 };
 
 inline const uint8_t* codes_at(const Codes* codes, int quad, int v) {
@@ -136,9 +150,8 @@ template <class Unpack, int T, int kVectors>
 inline void add_chunk(const Tile& tile) {
   constexpr int kParts = 32 / Unpack::kGroup;
   for (int g = 0; g < tile.num_groups; ++g) {
-    if (tile.chunk != nullptr)
-      for (int panel = 0; panel < kVectors / kHalves; ++panel)
-        prefetch_group<Unpack>(tile.chunk + panel * tile.panel_bytes, g);
+    for (int panel = 0; panel < kVectors / kHalves; ++panel)
+      if (tile.ahead[panel] != nullptr) prefetch_group<Unpack>(tile.ahead[panel], g);
     for (int part = 0; part < kParts; ++part) {
       const int8_t* q[T];
       Ints start[T], products[T][kVectors];
@@ -200,13 +213,14 @@ inline void multiply_panels(const GemmParams& p, int row, int first, int num_tok
   for (int k = 0; k < p.k; k += kMaxCodesK) {
     const int num_k = p.k - k < kMaxCodesK ? p.k - k : kMaxCodesK;
     const int num_groups = num_k / kGroupK;
-    const uint8_t* blocks = panels + static_cast<size_t>(k / Unpack::kBlock) * kPanelRows * Unpack::kBlockBytes;
+    const size_t offset = static_cast<size_t>(k / Unpack::kBlock) * kPanelRows * Unpack::kBlockBytes;
     for (int panel = 0; panel < kPanels; ++panel)
-      unpack_chunk<Unpack, false>(blocks + panel * p.panel_bytes, num_k, codes[panel]);
-    Tile tile{codes, num_groups, x, sums, 0, blocks, p.panel_bytes};
+      unpack_chunk<Unpack, false>(panels + panel * p.panel_bytes + offset, num_k, codes[panel]);
+    Tile tile{codes, num_groups, x, sums, 0, {}};
+    for (int panel = 0; panel < kPanels; ++panel) tile.ahead[panel] = far_ahead<kPanels>(p, row, panel, offset);
     for (; tile.token + kTokenTile <= num_tokens; tile.token += kTokenTile, tile.x += kTokenTile) {
       add_chunk<Unpack, kTokenTile, kPanels * kHalves>(tile);
-      tile.chunk = nullptr;
+      for (const uint8_t*& ahead : tile.ahead) ahead = nullptr;
     }
     add_last_tokens<Unpack, kTokenTile - 1, kPanels * kHalves>(tile, num_tokens - tile.token);
     for (int t = 0; t < num_tokens; ++t) x[t] += num_groups;

@@ -30,7 +30,7 @@ sanitize: venv  ## the C++ tests under AddressSanitizer and UndefinedBehaviorSan
 	$(call ctest,build/sanitize,-DCMAKE_BUILD_TYPE=RelWithDebInfo -DKT_SANITIZE=address$(comma)undefined)
 
 # Threads meet in these only. No errors from warnings: under this sanitizer GCC 12 takes zeroed vectors for uninitialised.
-TSAN_TESTS = test_thread_pool test_work_queue test_expert_loader test_executor
+TSAN_TESTS = test_thread_pool test_parking test_work_queue test_expert_loader test_executor
 tsan: venv  ## the C++ tests of threads under ThreadSanitizer (build/tsan)
 	$(call ctest,build/tsan,-DCMAKE_BUILD_TYPE=RelWithDebInfo -DKT_SANITIZE=thread -DKT_WERROR=OFF,$(TSAN_TESTS),\
 	    -R '^($(subst $(space),|,$(TSAN_TESTS)))$$')

@@ -12,10 +12,9 @@ namespace {
 
 // Two ways to make the weights of a chunk (128 or 256 of a row) into int8 with one step.
 //
-// kRounded, any type: a 16-bit multiplication a code, weight = step * (int8 + 1/2 +- 1/2). The half is added later,
-// through the sum of the activations. kExact, types whose scales are small integers: scale = 8 * high + low makes two
-// planes, code * low and code * high, and each is a multiplication of two codes at once, for no product reaches 256.
-// Cheaper to make and exact, but the tile unit has twice the work: for experts with few tokens.
+// kRounded, any type: a 16-bit multiplication a code, rounded to 8 bits. kExact, types whose scales are small integers:
+// scale = 8 * high + low makes two planes, code * low and code * high, and each is a multiplication of two codes at once,
+// for no product reaches 256. Cheaper to make and exact, but the tile unit has twice the work: for few tokens.
 enum class Planes { kRounded, kExact };
 
 template <class Unpack>

@@ -94,7 +94,7 @@ def test_this_machine() -> None:
 
 @pytest.mark.parametrize("isa", _native.available_isas())
 def test_executor_workspace(tmp_path: Path, isa: str) -> None:
-    """DeepSeek-R1 at 4096 tokens: some 100 MB of inputs (470 in tiles), 130 to 270 of intermediates, 134 of results."""
+    """DeepSeek-R1 at 4096 tokens: some 100 MB of inputs (470 in tiles), 130 to 320 of intermediates, 134 of results."""
     path = tmp_path / "sparse"
 
     def layer(intermediate_size: int) -> LayerExperts:
@@ -106,7 +106,7 @@ def test_executor_workspace(tmp_path: Path, isa: str) -> None:
         file.truncate(layer(2048).gate.nbytes)
     options = {"isa": isa, "cpus": [0, 0], "top_k": 8}
     nbytes = executor_workspace_bytes([layer(2048), layer(256), layer(2048)], max_num_tokens=8192, **options)
-    assert 300e6 < nbytes < 1.1e9
+    assert 300e6 < nbytes < 1.2e9
     assert nbytes == executor_workspace_bytes([layer(2048)], max_num_tokens=4096, **options)  # longer calls are cut
     assert executor_workspace_bytes([layer(256)], max_num_tokens=4096, **options) < nbytes
     assert executor_workspace_bytes([], max_num_tokens=4096, **options) == 0

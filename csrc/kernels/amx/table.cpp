@@ -11,7 +11,7 @@ namespace kt::KT_ISA_NAMESPACE {
 namespace {
 
 // With fewer tokens the vector kernels are faster; measured, see benchmarks/RESULTS.md.
-constexpr int kMinTokensInt = 12, kMinTokensFloat = 4;
+constexpr int kMinTokensInt = 24, kMinTokensFloat = 4;
 
 template <class Unpack>
 constexpr TileFormat kFormatOf = kChunkOf<Unpack> == 256 ? TileFormat::INT8_256 : TileFormat::INT8_128;

@@ -13,14 +13,10 @@ MAX_LAYER_ERROR_REFERENCE = 1e-5
 # product silu(g) * u has longer tails, max is 3.7 rms: 0.8 %. In quadrature 1.1 %; NumPy with the same rounding
 # measures 1.2 %.
 # It is the format's error, not a kernel's: see MAX_LAYER_ERROR_SAME_QUANTS.
-# Tile kernels: weights and activations in int8, one step for 128. The largest of 128 normal values is 2.65 rms: 0.6 %
-# of each, so 0.85 % of gate and of up. down sees silu(g) * u in 15 bits, which costs nothing, and its own weights in
-# int8 (0.6 %): in quadrature 1.3 %; measured 1.1 % to 1.2 %.
-# The rest is spread of the mean of some dozen tokens; a single token may be above (measured: 0.9 % to 1.8 %).
+# Tile kernels are better, see below. The rest is spread of the mean of some dozen tokens; a single token may be above (measured: 0.9 % to 1.8 %).
 MAX_LAYER_ERROR_INT8 = 0.015
 
-# The tile kernels of float types, where no matrix is quantised: weights and activations in bfloat16, whose 8 bits round
-# by at most 2^-8, evenly spread, which for mantissas as numbers have them is an rms of 0.16 %. Gate and up 0.23 % each,
+# The tile kernels: weights and activations in bfloat16, whose 8 bits round by at most 2^-8, evenly spread, which for mantissas as numbers have them is an rms of 0.16 %. Gate and up 0.23 % each,
 # the intermediate and down's weights together 0.23 %: in quadrature 0.4 %, and 0.401 % in NumPy and in the kernels.
 MAX_LAYER_ERROR_BF16_TILES = 0.005
 

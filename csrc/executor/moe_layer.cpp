@@ -118,16 +118,10 @@ MoELayer::MoELayer(const MoELayerSpec& spec, const KernelTable& table, const Thr
 
 bool MoELayer::has_tiles() const { return tile_min_tokens_ != kNever; }
 
-// Of 16 tokens, as the tile kernels of `reader` want them.
-size_t MoELayer::group_bytes(const ExpertWeights& reader) const {
-  return table_.tile_group_bytes(reader.kernels().tile_format, reader.k());
-}
-
-// Activations [begin, begin + n) of a token, which is `row` in the tiles.
-void MoELayer::store_tiles(const float* x, int begin, int n, const ExpertWeights& reader, int64_t row,
-                           uint8_t* tiles) const {
-  table_.store_tile_row(reader.kernels().tile_format, x, begin, n, reader.k(), static_cast<int>(row % kTileTokens),
-                        tiles + row / kTileTokens * group_bytes(reader));
+// Activations [begin, begin + n) of k of a token, which is `row` in the tiles.
+void MoELayer::store_tiles(const float* x, int begin, int n, int k, int64_t row, uint8_t* tiles) const {
+  table_.store_tile_row(x, begin, n, static_cast<int>(row % kTileTokens),
+                        tiles + row / kTileTokens * table_.tile_group_bytes(k));
 }
 
 void MoELayer::prepare_loading(ExpertLoader& loader) {
@@ -143,9 +137,8 @@ WorkspaceSize MoELayer::workspace_size(int max_num_tokens, int top_k) const {
   if (has_tiles()) {
     // Every expert on the tile path may leave part of a tile empty.
     const size_t tiles = slots / kTileTokens + std::min<size_t>(num_experts(), slots / tile_min_tokens_);
-    size.input_tiles[0] = tiles * group_bytes(gate_);
-    size.input_tiles[1] = shares_tiles() ? 0 : tiles * group_bytes(up_);
-    size.intermediate_tiles = tiles * group_bytes(down_);
+    size.input_tiles = tiles * table_.tile_group_bytes(hidden_size());
+    size.intermediate_tiles = tiles * table_.tile_group_bytes(intermediate_size());
   }
   for (int i = 0; i < 2; ++i)
     size.slot_rows[i] = DownPasses::buffer_bytes(down_.slices(), static_cast<int64_t>(slots), i == 1);
@@ -215,8 +208,7 @@ void MoELayer::prepare(MoEPiece& piece, int worker) const {
       const int32_t row = groups.slot_tile_rows()[slot];
       vectors |= row < 0;
       if (row < 0) continue;
-      store_tiles(x, begin, n, gate_, row, piece.workspace->input_tiles(0));
-      if (!shares_tiles()) store_tiles(x, begin, n, up_, row, piece.workspace->input_tiles(1));
+      store_tiles(x, begin, n, k, row, piece.workspace->input_tiles());
     }
     for (int i = 0; vectors && i < num_formats; ++i) {
       uint8_t* row = piece.workspace->input(i) + token * activation_row_bytes(*formats[i], k);
@@ -262,15 +254,14 @@ void MoELayer::gate_up_vectors(const MoEPiece& piece, const WorkItem& item, cons
 void MoELayer::gate_up_tiles(const MoEPiece& piece, const WorkItem& item, const Scratch& scratch) const {
   const TokenGroups::Group& group = piece.groups.group(item.group);
   const int64_t first_row = int64_t{group.first_tile} * kTileTokens + item.first_token;
-  const size_t gate_bytes = group_bytes(gate_), up_bytes = group_bytes(up_);
-  const uint8_t* gate_input = piece.workspace->input_tiles(0) + first_row / kTileTokens * gate_bytes;
-  const uint8_t* up_input = piece.workspace->input_tiles(shares_tiles() ? 0 : 1) + first_row / kTileTokens * up_bytes;
-  multiply_tiles({{&gate_, gate_input, gate_bytes, scratch.gate}, {&up_, up_input, up_bytes, scratch.up}}, item,
-                 group.expert, false, item.num_rows);
+  const size_t group_bytes = table_.tile_group_bytes(hidden_size());
+  multiply_tiles({{&gate_, scratch.gate}, {&up_, scratch.up}}, item, group.expert,
+                 piece.workspace->input_tiles() + first_row / kTileTokens * group_bytes, group_bytes, item.num_rows);
   for (int t = 0; t < item.num_tokens; ++t) {
     float* row = scratch.gate + t * item.num_rows;
     table_.silu_mul(row, scratch.up + t * item.num_rows, row, item.num_rows);
-    store_tiles(row, item.first_row, item.num_rows, down_, first_row + t, piece.workspace->intermediate_tiles());
+    store_tiles(row, item.first_row, item.num_rows, intermediate_size(), first_row + t,
+                piece.workspace->intermediate_tiles());
   }
 }
 
@@ -303,10 +294,10 @@ void MoELayer::down_vectors(const MoEPiece& piece, const WorkItem& item, float* 
 void MoELayer::down_tiles(const MoEPiece& piece, const WorkItem& item, float* output) const {
   const TokenGroups::Group& group = piece.groups.group(item.group);
   const int64_t first_row = int64_t{group.first_tile} * kTileTokens + item.first_token;
-  const size_t bytes = group_bytes(down_);
-  const uint8_t* input = piece.workspace->intermediate_tiles() + first_row / kTileTokens * bytes;
-  // silu(gate) * up has long tails: a step that holds the largest of a block is coarse for all others.
-  multiply_tiles({{&down_, input, bytes, output}}, item, group.expert, true, piece.passes.stride());
+  const size_t group_bytes = table_.tile_group_bytes(intermediate_size());
+  multiply_tiles({{&down_, output}}, item, group.expert,
+                 piece.workspace->intermediate_tiles() + first_row / kTileTokens * group_bytes, group_bytes,
+                 piece.passes.stride());
 }
 
 // Item: some tokens, or part of one, in the hidden rows of a pass. An output is added up by one worker, experts

@@ -88,11 +88,9 @@ class MoELayer {
   void down_vectors(const MoEPiece& piece, const WorkItem& item, float* output) const;
   void down_tiles(const MoEPiece& piece, const WorkItem& item, float* output) const;
   void merge(MoEPiece& piece, int pass, int worker) const;
-  void store_tiles(const float* x, int begin, int n, const ExpertWeights& reader, int64_t row, uint8_t* tiles) const;
-  size_t group_bytes(const ExpertWeights& reader) const;
+  void store_tiles(const float* x, int begin, int n, int k, int64_t row, uint8_t* tiles) const;
   bool has_tiles() const;
   bool shares_input() const { return gate_.kernels().activation_format == up_.kernels().activation_format; }
-  bool shares_tiles() const { return gate_.kernels().tile_format == up_.kernels().tile_format; }
 
   const KernelTable& table_;
   const ThreadPool& pool_;

@@ -29,8 +29,8 @@ void multiply_vectors(const ExpertWeights& weights, const WorkItem& item, int ex
                           .next_weights = input.next_weights});
 }
 
-void multiply_tiles(std::initializer_list<TileProduct> products, const WorkItem& item, int expert, bool precise,
-                    int stride) {
+void multiply_tiles(std::initializer_list<TileProduct> products, const WorkItem& item, int expert,
+                    const uint8_t* groups, size_t group_bytes, int stride) {
   const int k = products.begin()->weights->k();
   int granule = kTileGranule;
   for (const TileProduct& product : products) granule = std::lcm(granule, product.weights->block_size());
@@ -40,12 +40,11 @@ void multiply_tiles(std::initializer_list<TileProduct> products, const WorkItem&
       const ExpertWeights& weights = *product.weights;
       weights.kernels().tile_gemm({.weights = weights.panel(item.slice, expert, item.first_row),
                                    .panel_bytes = weights.panel_bytes(),
-                                   .activations = product.groups,
-                                   .group_bytes = product.group_bytes,
+                                   .activations = groups,
+                                   .group_bytes = group_bytes,
                                    .output = product.output,
                                    .output_stride = static_cast<size_t>(stride),
                                    .accumulate = begin > 0,
-                                   .precise = precise,
                                    .num_rows = item.num_rows,
                                    .num_tokens = item.num_tokens,
                                    .k = k,

@@ -26,13 +26,12 @@ void multiply_vectors(const ExpertWeights& weights, const WorkItem& item, int ex
 
 struct TileProduct {
   const ExpertWeights* weights;
-  const uint8_t* groups;  // activations, of 16 tokens each, from the item's first token on
-  size_t group_bytes;
   float* output;  // [num_tokens, stride]
 };
 
-// The item's rows and tokens of one expert, for matrices of the same K. precise: as in TileGemmParams
-void multiply_tiles(std::initializer_list<TileProduct> products, const WorkItem& item, int expert, bool precise,
-                    int stride);
+// The item's rows and tokens of one expert, for matrices of the same K that read the same activations. groups: of 16
+// tokens each, from the item's first token on.
+void multiply_tiles(std::initializer_list<TileProduct> products, const WorkItem& item, int expert,
+                    const uint8_t* groups, size_t group_bytes, int stride);
 
 }  // namespace kt

@@ -14,9 +14,9 @@ enum CpuFeature : uint32_t {
   kAvx512 = 1u << 4,  // F, BW, DQ and VL: every CPU since Skylake-X that has any
   kAvx512Vnni = 1u << 5,
   kAvx512Bf16 = 1u << 6,
-  kAmxTile = 1u << 7,  // tiles, and the kernel's permission to use them
-  kAmxBf16 = 1u << 8,
-  kAmxInt8 = 1u << 9,
+  kAvx512Fp16 = 1u << 7,
+  kAmxTile = 1u << 8,  // tiles, and the kernel's permission to use them
+  kAmxBf16 = 1u << 9,
 };
 
 // Bits of CpuFeature that CPUID, XCR0 (the register state the operating system saves) and, for AMX, the kernel grant.

@@ -39,17 +39,11 @@ struct GemmParams {
   const uint8_t* next_weights = nullptr;  // what the caller will read next, for prefetching; nullptr: unknown
 };
 
-// How tile kernels want activations: tokens of one expert in groups of 16, in memory only the table understands.
-enum class TileFormat : int32_t {
-  BF16,
-  INT8_256,  // one step for 256 activations
-  INT8_128   // one for 128: for types that lose more when their weights are rounded
-};
+inline constexpr int kTileTokens = 16;   // tokens of a group
+inline constexpr int kTileGranule = 32;  // activations are stored, and K is cut, at multiples of it
 
-inline constexpr int kTileTokens = 16;    // tokens of a group
-inline constexpr int kTileGranule = 256;  // activations are stored, and K is cut, at multiples of it
-
-// The tile kernels, best from TypeKernels::tile_min_tokens tokens on.
+// The tile kernels, best from TypeKernels::tile_min_tokens tokens on. They want activations of an expert's tokens in
+// groups of 16, whatever the type of the weights, in memory only the table understands.
 struct TileGemmParams {
   const uint8_t* weights;      // panels of 16 rows
   size_t panel_bytes;          // from one panel to the next
@@ -58,12 +52,11 @@ struct TileGemmParams {
   float* output;               // [num_tokens, output_stride]; exactly [num_tokens, num_rows] is written
   size_t output_stride;        // >= num_rows
   bool accumulate;             // adds to output instead of overwriting it: for a K computed in parts
-  bool precise;                // int8 activations in 15 bits instead of 8: for long-tailed ones
   int num_rows;
   int num_tokens;  // at least 1
-  int k;           // of a whole row; a multiple of 32 and of the type's block size
-  int k_begin;     // this call computes [k_begin, k_end): multiples of kTileGranule and of the type's block size,
-  int k_end;       // but the last may be k
+  int k;           // of a whole row; a multiple of kTileGranule and of the type's block size
+  int k_begin;     // this call computes [k_begin, k_end): multiples of kTileGranule and of the type's block size
+  int k_end;
 };
 
 // The kernels for weights of one GGML type.
@@ -78,7 +71,6 @@ struct TypeKernels {
   void (*gemm)(const GemmParams& params);
   int panel_rows = 1;  // 1: weights as in the GGUF file; kPanelRows: repacked by kernels/panel.h
   void (*tile_gemm)(const TileGemmParams& params) = nullptr;  // nullptr: none
-  TileFormat tile_format = TileFormat::BF16;
   int tile_min_tokens = 0;  // an expert with at least so many tokens is faster by tile_gemm (measured)
 };
 
@@ -97,11 +89,10 @@ struct KernelTable {
   // What sets it apart from other tables of the same isa, for the log: "VNNI"; "" when nothing does.
   const char* variant = "";
   // Bytes of a group of 16 tokens with k activations each, a multiple of 64. nullptr in tables without tile_gemm.
-  size_t (*tile_group_bytes)(TileFormat format, int k) = nullptr;
-  // x: [n], the activations [k_begin, k_begin + n) of k of a token, 0 to 15 in its group. k_begin is a multiple of
-  // kTileGranule, n too unless k_begin + n == k. group: 64-byte aligned. A NaN or infinity makes its granule NaN.
-  void (*store_tile_row)(TileFormat format, const float* x, int k_begin, int n, int k, int token,
-                         uint8_t* group) = nullptr;
+  size_t (*tile_group_bytes)(int k) = nullptr;
+  // x: [n], the activations [k_begin, k_begin + n) of a token, 0 to 15 in its group; multiples of kTileGranule.
+  // group: 64-byte aligned.
+  void (*store_tile_row)(const float* x, int k_begin, int n, int token, uint8_t* group) = nullptr;
 };
 
 // The kernels of `table` for `type`; nullptr when the table has none.

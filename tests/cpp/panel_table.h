@@ -63,24 +63,17 @@ void panel_gemm(const GemmParams& p) {
   }
 }
 
-// Two formats with the same numbers at other places, [k][16 tokens] bfloat16 and [16 tokens][k]: a type of one must not
-// get what was stored for the other.
-inline size_t group_place(TileFormat format, int i, int token, int k) {
-  return 2 * (format == TileFormat::BF16 ? size_t(i) * kTileTokens + token : size_t(token) * k + i);
-}
+// [k][16 tokens] bfloat16
+inline size_t group_place(int i, int token) { return 2 * (size_t(i) * kTileTokens + token); }
 
-inline void store_tile_row(TileFormat format, const float* x, int k_begin, int n, int k, int token, uint8_t* group) {
+inline void store_tile_row(const float* x, int k_begin, int n, int token, uint8_t* group) {
   for (int i = 0; i < n; ++i) {
     const uint16_t bits = f32_to_bf16(x[i]);
-    std::memcpy(group + group_place(format, k_begin + i, token, k), &bits, 2);
+    std::memcpy(group + group_place(k_begin + i, token), &bits, 2);
   }
 }
 
-inline size_t tile_group_bytes(TileFormat, int k) { return size_t(kTileTokens) * k * 2; }
-
-constexpr TileFormat tile_format(GgmlType type) {
-  return type == GgmlType::F32 || type == GgmlType::F16 ? TileFormat::BF16 : TileFormat::INT8_256;
-}
+inline size_t tile_group_bytes(int k) { return size_t(kTileTokens) * k * 2; }
 
 template <GgmlType type>
 void panel_tile_gemm(const TileGemmParams& p) {
@@ -89,8 +82,7 @@ void panel_tile_gemm(const TileGemmParams& p) {
     const auto weights = panel_row<type>(p.weights + row / kPanelRows * p.panel_bytes, row % kPanelRows, p.k);
     for (int t = 0; t < p.num_tokens; ++t) {
       const uint8_t* group = p.activations + t / kTileTokens * p.group_bytes;
-      for (int i = p.k_begin; i < p.k_end; ++i)
-        x[i] = bf16_to_f32(load_u16(group + group_place(tile_format(type), i, t % kTileTokens, p.k)));
+      for (int i = p.k_begin; i < p.k_end; ++i) x[i] = bf16_to_f32(load_u16(group + group_place(i, t % kTileTokens)));
       float& output = p.output[t * p.output_stride + row];
       output = (p.accumulate ? output : 0.0f) + plain_dot(&weights[p.k_begin], &x[p.k_begin], p.k_end - p.k_begin);
     }
@@ -107,7 +99,6 @@ const KernelTable& panel_table() {
     kernels.panel_rows = kPanelRows;
     if (tile_min_tokens > 0) {
       kernels.tile_gemm = panel_tile_gemm<type>;
-      kernels.tile_format = tile_format(type);
       // The smallest threshold is one type's alone: a layer must wait for its last type.
       kernels.tile_min_tokens = type == GgmlType::Q8_0 ? tile_min_tokens : 1;
     }

@@ -28,11 +28,7 @@ inline constexpr double kFloatActivationError = 2e-6;
 
 // The tile kernels, relative to the typical size of an output as above. bfloat16 has 8 bits: weights and activations
 // are off by up to 2^-8, evenly spread, 2^-8 / sqrt(3) * 0.7 (for mantissas as numbers have them) = 0.0016 each.
-inline constexpr double kTileBf16Error = 0.003;
-// int8 with one step for 128: the largest of 128 normal numbers is about 2.65 sigma, 2.65 / 127 / 3.46 = 0.006, of the
-// weights and of the activations: 0.0085 together. Random blocks vary more than a model's: where a chunk spans blocks,
-// their scales are normal numbers too.
-inline constexpr double kTileInt8Error = 0.0125;
+inline constexpr double kTileError = 0.003;
 
 // silu(g) * u: exp within 2 u and its scaling exact, one addition, one division, one product.
 inline constexpr double kSiluError = 8 * kUnit;

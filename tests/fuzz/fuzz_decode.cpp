@@ -63,30 +63,27 @@ void check_same_tokens(const GgmlTypeInfo& info, const std::vector<float>& outpu
 // vector: the call of the vector kernel on the same panel; x: [k].
 void run_tiles(const GgmlTypeInfo& info, const KernelTable& table, const TypeKernels& kernels, const GemmParams& vector,
                const std::vector<float>& x) {
-  const size_t group_bytes = table.tile_group_bytes(kernels.tile_format, vector.k);
+  const size_t group_bytes = table.tile_group_bytes(vector.k);
   const std::unique_ptr<uint8_t, AlignedDelete> group(
       static_cast<uint8_t*>(operator new(group_bytes, std::align_val_t{64})));
   for (int token = 0; token < vector.num_tokens; ++token)
-    table.store_tile_row(kernels.tile_format, x.data(), 0, vector.k, vector.k, token, group.get());
-  for (bool precise : {false, true}) {
-    std::vector<float> output(static_cast<size_t>(vector.num_tokens) * vector.num_rows);
-    TileGemmParams params;
-    params.weights = vector.weights;
-    params.panel_bytes = vector.panel_bytes;
-    params.activations = group.get();
-    params.group_bytes = group_bytes;
-    params.output = output.data();
-    params.output_stride = vector.output_stride;
-    params.accumulate = false;
-    params.precise = precise;
-    params.num_rows = vector.num_rows;
-    params.num_tokens = vector.num_tokens;
-    params.k = vector.k;
-    params.k_begin = 0;
-    params.k_end = vector.k;
-    kernels.tile_gemm(params);
-    check_same_tokens(info, output, vector.num_rows);
-  }
+    table.store_tile_row(x.data(), 0, vector.k, token, group.get());
+  std::vector<float> output(static_cast<size_t>(vector.num_tokens) * vector.num_rows);
+  TileGemmParams params;
+  params.weights = vector.weights;
+  params.panel_bytes = vector.panel_bytes;
+  params.activations = group.get();
+  params.group_bytes = group_bytes;
+  params.output = output.data();
+  params.output_stride = vector.output_stride;
+  params.accumulate = false;
+  params.num_rows = vector.num_rows;
+  params.num_tokens = vector.num_tokens;
+  params.k = vector.k;
+  params.k_begin = 0;
+  params.k_end = vector.k;
+  kernels.tile_gemm(params);
+  check_same_tokens(info, output, vector.num_rows);
 }
 
 // bytes: num_rows rows of blocks_per_row blocks. Every buffer is exactly as long as the kernel's contract says.

@@ -11,7 +11,7 @@ namespace kt::KT_ISA_NAMESPACE {
 
 KT_INT_TYPES(KT_DECLARE_TILE_GEMM)
 KT_FLOAT_TYPES(KT_DECLARE_TILE_GEMM)
-size_t tile_group_bytes(TileFormat format, int k);
-void store_tile_row(TileFormat format, const float* x, int k_begin, int n, int k, int token, uint8_t* group);
+size_t tile_group_bytes(int k);
+void store_tile_row(const float* x, int k_begin, int n, int token, uint8_t* group);
 
 }  // namespace kt::KT_ISA_NAMESPACE

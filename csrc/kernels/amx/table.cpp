@@ -1,20 +1,14 @@
 #include "kernels/activation_blocks.h"
 #include "kernels/amx/kernels.h"
-#include "kernels/amx/weights_int8.h"
 #include "kernels/cpu_features.h"
 #include "kernels/panel.h"
-#include "kernels/panel/unpack_32.h"
-#include "kernels/panel/unpack_iq.h"
 
 namespace kt::KT_ISA_NAMESPACE {
 
 namespace {
 
 // With fewer tokens the vector kernels are faster; measured, see benchmarks/RESULTS.md.
-constexpr int kMinTokensInt = 24, kMinTokensFloat = 4;
-
-template <class Unpack>
-constexpr TileFormat kFormatOf = kChunkOf<Unpack> == 256 ? TileFormat::INT8_256 : TileFormat::INT8_128;
+constexpr int kMinTokensInt = 16, kMinTokensFloat = 4;
 
 #define KT_FLOAT_ENTRY(type)      \
   {GgmlType::type,                \
@@ -25,7 +19,6 @@ constexpr TileFormat kFormatOf = kChunkOf<Unpack> == 256 ? TileFormat::INT8_256 
    avx512_vnni::gemm_##type,      \
    kPanelRows,                    \
    tile_gemm_##type,              \
-   TileFormat::BF16,              \
    kMinTokensFloat},
 #define KT_INT_ENTRY(type)        \
   {GgmlType::type,                \
@@ -36,7 +29,6 @@ constexpr TileFormat kFormatOf = kChunkOf<Unpack> == 256 ? TileFormat::INT8_256 
    avx512_vnni::gemm_##type,      \
    kPanelRows,                    \
    tile_gemm_##type,              \
-   kFormatOf<Unpack##type>,       \
    kMinTokensInt},
 
 constexpr TypeKernels kTypes[] = {KT_FLOAT_TYPES(KT_FLOAT_ENTRY) KT_INT_TYPES(KT_INT_ENTRY)};
@@ -46,7 +38,7 @@ constexpr TypeKernels kTypes[] = {KT_FLOAT_TYPES(KT_FLOAT_ENTRY) KT_INT_TYPES(KT
 extern const KernelTable kTable;
 const KernelTable kTable = {
     .isa = "amx",
-    .required_features = kAvx2 | kFma | kF16c | kAvx512 | kAvx512Vnni | kAvx512Bf16 | kAmxTile | kAmxBf16 | kAmxInt8,
+    .required_features = kAvx2 | kFma | kF16c | kAvx512 | kAvx512Vnni | kAvx512Bf16 | kAvx512Fp16 | kAmxTile | kAmxBf16,
     .types = kTypes,
     .num_types = sizeof(kTypes) / sizeof(kTypes[0]),
     .silu_mul = avx512_vnni::silu_mul,

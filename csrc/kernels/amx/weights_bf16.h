@@ -1,0 +1,113 @@
+// Weights of a panel as bfloat16 tiles for the tile unit: [16 pairs of k][16 rows][2], see activations.h for the pairs.
+#pragma once
+
+#include <immintrin.h>
+
+#include "kernels/amx/activations.h"
+#include "kernels/panel/gemm_float.h"
+#include "kernels/panel/gemm_int.h"
+
+namespace kt::KT_ISA_NAMESPACE {
+namespace {
+
+constexpr int kStepK = 32;                   // of a tile
+constexpr int kSteps = kMaxCodesK / kStepK;  // of a chunk, whose weights are made into tiles together
+using WeightTile = uint8_t[kTileBytes];
+using WeightTiles = WeightTile[kSteps][2];  // [step][panel]
+
+// Quantised types, by 16-bit arithmetic: two codes of each of 16 rows in an instruction.
+//
+// A code in the low bits of a float16 is code * 2^-24, a subnormal number, which AVX512-FP16 computes with at full
+// speed: one FMA makes it a weight, with scale and min relative to the row's largest of 256 k. Halves become bfloat16
+// by moving the bits and adding to the exponent that largest scale's. Mantissas are cut, not rounded, which kMeanCut
+// makes up for on average; results that are subnormal come out wrong, by at most 2^-14 of what a code can reach.
+template <class Unpack>
+struct Maker {
+  // Codes are moved up in their bytes as far as they go: that much more range for the exponents of the results.
+  static constexpr int kSpareBits = Unpack::kSigned || Unpack::kMaxCode > 127 ? 0
+                                    : Unpack::kMaxCode > 63                   ? 1
+                                    : Unpack::kMaxCode > 31                   ? 2
+                                    : Unpack::kMaxCode > 15                   ? 3
+                                                                              : 4;
+  // Weights are made relative to a power of two near the largest scale, times this: scales for codes of 2^-24 then stay
+  // below 2^15, half of what float16 can hold.
+  static constexpr float kUnit = 1.0f / (1 << (10 - kSpareBits));
+  // 7 bits after the leading one are kept, of 10: half a unit of the last place is lost on average, relative to values
+  // whose leading digits are evenly distributed by their logarithm.
+  static constexpr float kMeanCut = 1 + 0x1p-8f * 0.70f;
+
+  static constexpr size_t kChunkBytes = size_t{kPanelRows} * Unpack::kBlockBytes * kMaxCodesK / Unpack::kBlock;
+
+  Codes codes;
+
+  static inline __m512h to_pairs(Floats v) {  // as float16, twice in each lane
+    const Ints half = _mm512_cvtepu16_epi32(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    return reinterpret_cast<__m512h>(bit_or(half, shift_left<16>(half)));
+  }
+
+  // num_k weights from k on, whole blocks, to tiles[..][which].
+  inline void make(const uint8_t* panel, int k, int num_k, WeightTiles& tiles, int which) {
+    unpack_chunk<Unpack, false>(panel + static_cast<size_t>(k / Unpack::kBlock) * kPanelRows * Unpack::kBlockBytes,
+                                num_k, codes);
+    const int num_groups = num_k / Unpack::kGroup;
+    Floats largest = splat_float(0x1p-110f);
+    for (int g = 0; g < num_groups; ++g) {
+      largest = _mm512_max_ps(largest, _mm512_abs_ps(load_floats(codes.scales[g])));
+      if constexpr (Unpack::kHasMin)
+        largest = _mm512_max_ps(largest, multiply(_mm512_abs_ps(load_floats(codes.mins[g])), splat_float(0x1p-7f)));
+    }
+    largest = _mm512_min_ps(largest, splat_float(0x1p110f));
+    const Ints exponent = bit_and(as_ints(largest), splat(0x7f800000));
+    const Floats inverse = as_floats(_mm512_sub_epi32(splat(0x7f000000), exponent));
+    const Floats to_scale = multiply(inverse, splat_float(kMeanCut * kUnit * (1 << (24 - kSpareBits))));
+    const Floats to_min = multiply(inverse, splat_float(-kMeanCut * kUnit));
+    // Biases of exponents: 127 of the power and of the results, 15 of float16.
+    const Ints low = _mm512_sub_epi32(shift_right<16>(exponent), splat((5 + kSpareBits) << 7));
+    const Ints rebias = bit_or(low, shift_left<16>(low));
+    const auto to_bf16 = [&](__m512h v) {
+      return _mm512_add_epi16(bit_and(_mm512_srai_epi16(reinterpret_cast<__m512i>(v), 3), splat(0x8fff8fff)), rebias);
+    };
+    constexpr int kQuads = Unpack::kGroup / 4;
+    for (int g = 0; g < num_groups; ++g) {
+      const Floats group_scale = load_floats(codes.scales[g]);
+      const Floats group_min = Unpack::kSigned ? multiply(group_scale, splat_float(128)) : load_floats(codes.mins[g]);
+      const __m512h scale = to_pairs(multiply(group_scale, to_scale)), min = to_pairs(multiply(group_min, to_min));
+      uint8_t* to = tiles[g * kQuads / 8][which] + g * kQuads % 8 * 2 * kTileRowBytes;
+#pragma GCC unroll 8
+      for (int q = 0; q < kQuads; ++q, to += 2 * kTileRowBytes) {
+        Ints quads = load(codes.quads[g * kQuads + q]);
+        if constexpr (Unpack::kSigned) quads = bit_xor(quads, splat(0x80808080));
+        if constexpr (kSpareBits > 0) quads = shift_left<kSpareBits>(quads);
+        const auto even = reinterpret_cast<__m512h>(bit_and(quads, splat(0x00ff00ff)));
+        const auto odd = reinterpret_cast<__m512h>(_mm512_srli_epi16(quads, 8));
+        store(to, to_bf16(_mm512_fmadd_ph(even, scale, min)));
+        store(to + kTileRowBytes, to_bf16(_mm512_fmadd_ph(odd, scale, min)));
+      }
+    }
+  }
+};
+
+// Float types.
+template <class Weights>
+struct FloatMaker {
+  static constexpr size_t kChunkBytes = size_t{kPanelRows} * Weights::kBytes * kMaxCodesK;
+
+  static inline Ints pairs(Floats first, Floats second) {  // rounded to nearest even
+    const Ints interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                             21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return _mm512_permutexvar_epi16(interleave, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first)));
+  }
+
+  inline void make(const uint8_t* panel, int k, int num_k, WeightTiles& tiles, int which) {
+    constexpr size_t kStep = size_t{kPanelRows} * Weights::kBytes;
+    const uint8_t* rows = panel + static_cast<size_t>(k) * kStep;
+    for (int quad = 0; quad < num_k / 4; ++quad, rows += 4 * kStep) {
+      uint8_t* to = tiles[quad / 8][which] + quad % 8 * 2 * kTileRowBytes;
+      store(to, pairs(Weights::load_rows(rows), Weights::load_rows(rows + 2 * kStep)));
+      store(to + kTileRowBytes, pairs(Weights::load_rows(rows + kStep), Weights::load_rows(rows + 3 * kStep)));
+    }
+  }
+};
+
+}  // namespace
+}  // namespace kt::KT_ISA_NAMESPACE

@@ -40,42 +40,65 @@ inline Ahead find_ahead(const TileGemmParams& p, int row, int k) {
   return {{panel, row + kPanelRows < p.num_rows ? panel + p.panel_bytes : nullptr}, Maker::kChunkBytes / kSteps};
 }
 
-// Sums of up to 2 groups of tokens x 2 panels over num_steps steps. output: of the first token and row.
+// Up to 2 groups of tokens x 2 panels, whose sums are in tiles 0 to 3.
 template <bool kTwoGroups, bool kTwoPanels>
-inline void multiply_tiles(const WeightTiles& weights, const uint8_t* a0, const uint8_t* a1, int num_steps,
-                           float* output, size_t stride_bytes, bool accumulate, const Ahead& ahead) {
-  auto* out = reinterpret_cast<char*>(output);
-  auto* below = out + kTileTokens * stride_bytes;
-  if (accumulate) {
-    _tile_loadd(0, out, stride_bytes);
-    if constexpr (kTwoPanels) _tile_loadd(1, out + kTileRowBytes, stride_bytes);
-    if constexpr (kTwoGroups) _tile_loadd(2, below, stride_bytes);
-    if constexpr (kTwoGroups && kTwoPanels) _tile_loadd(3, below + kTileRowBytes, stride_bytes);
-  } else {
+struct TileSums {
+  static inline void zero() {
     _tile_zero(0);
     if constexpr (kTwoPanels) _tile_zero(1);
     if constexpr (kTwoGroups) _tile_zero(2);
     if constexpr (kTwoGroups && kTwoPanels) _tile_zero(3);
   }
-  for (int s = 0; s < num_steps; ++s) {
-    _tile_loadd(6, weights[s][0], kTileRowBytes);
-    _tile_loadd(4, a0 + s * kTileBytes, kTileRowBytes);
-    _tile_dpbf16ps(0, 4, 6);
-    if constexpr (kTwoPanels) {
-      _tile_loadd(7, weights[s][1], kTileRowBytes);
-      _tile_dpbf16ps(1, 4, 7);
-    }
-    if constexpr (kTwoGroups) {
-      _tile_loadd(5, a1 + s * kTileBytes, kTileRowBytes);
-      _tile_dpbf16ps(2, 5, 6);
-      if constexpr (kTwoPanels) _tile_dpbf16ps(3, 5, 7);
-    }
-    ahead.prefetch(s);
+
+  // sums: of the first token and row
+  static inline void load(const float* sums, size_t stride) {
+    const float* below = sums + kTileTokens * stride;
+    stride *= sizeof(float);
+    _tile_loadd(0, sums, stride);
+    if constexpr (kTwoPanels) _tile_loadd(1, sums + kPanelRows, stride);
+    if constexpr (kTwoGroups) _tile_loadd(2, below, stride);
+    if constexpr (kTwoGroups && kTwoPanels) _tile_loadd(3, below + kPanelRows, stride);
   }
-  _tile_stored(0, out, stride_bytes);
-  if constexpr (kTwoPanels) _tile_stored(1, out + kTileRowBytes, stride_bytes);
-  if constexpr (kTwoGroups) _tile_stored(2, below, stride_bytes);
-  if constexpr (kTwoGroups && kTwoPanels) _tile_stored(3, below + kTileRowBytes, stride_bytes);
+
+  static inline void store(float* sums, size_t stride) {
+    float* below = sums + kTileTokens * stride;
+    stride *= sizeof(float);
+    _tile_stored(0, sums, stride);
+    if constexpr (kTwoPanels) _tile_stored(1, sums + kPanelRows, stride);
+    if constexpr (kTwoGroups) _tile_stored(2, below, stride);
+    if constexpr (kTwoGroups && kTwoPanels) _tile_stored(3, below + kPanelRows, stride);
+  }
+
+  static inline void add_products(const WeightTiles& weights, const uint8_t* a0, const uint8_t* a1, int num_steps,
+                                  const Ahead& ahead) {
+    for (int s = 0; s < num_steps; ++s) {
+      _tile_loadd(6, weights[s][0], kTileRowBytes);
+      _tile_loadd(4, a0 + s * kTileBytes, kTileRowBytes);
+      _tile_dpbf16ps(0, 4, 6);
+      if constexpr (kTwoPanels) {
+        _tile_loadd(7, weights[s][1], kTileRowBytes);
+        _tile_dpbf16ps(1, 4, 7);
+      }
+      if constexpr (kTwoGroups) {
+        _tile_loadd(5, a1 + s * kTileBytes, kTileRowBytes);
+        _tile_dpbf16ps(2, 5, 6);
+        if constexpr (kTwoPanels) _tile_dpbf16ps(3, 5, 7);
+      }
+      ahead.prefetch(s);
+    }
+  }
+};
+
+template <class Visitor>
+inline void with_tile_sums(bool two_groups, bool two_panels, const Visitor& visit) {
+  if (two_groups && two_panels)
+    visit(TileSums<true, true>());
+  else if (two_groups)
+    visit(TileSums<true, false>());
+  else if (two_panels)
+    visit(TileSums<false, true>());
+  else
+    visit(TileSums<false, false>());
 }
 
 // Where the sums of a part of a call are while it is computed: in the output, or beside it where tiles would reach past
@@ -120,22 +143,21 @@ inline void tile_gemm_tokens(const TileGemmParams& p, const uint8_t* activations
       maker.make(panel, k, num_k, tiles, 0);
       if (two_panels) maker.make(panel + p.panel_bytes, k, num_k, tiles, 1);
       const int num_steps = num_k / kStepK;
-      const bool accumulate = p.accumulate || k > p.k_begin;
       Ahead ahead = find_ahead<Maker>(p, row, k);
-      const uint8_t* a0 = activations + static_cast<size_t>(k / kStepK) * kTileBytes;
-      for (int token = 0; token < num_tokens; token += kPair, a0 += 2 * p.group_bytes) {
-        const uint8_t* a1 = a0 + p.group_bytes;
-        const bool two_groups = num_tokens - token > kTileTokens;
+      const uint8_t* a = activations + static_cast<size_t>(k / kStepK) * kTileBytes;
+      for (int token = 0; token < num_tokens; token += kPair, a += 2 * p.group_bytes) {
         float* to = token < beside.first_token ? output + token * p.output_stride : beside.sums[token];
-        const size_t stride = (token < beside.first_token ? p.output_stride : kRows) * sizeof(float);
-        if (two_groups && two_panels)
-          multiply_tiles<true, true>(tiles, a0, a1, num_steps, to, stride, accumulate, ahead);
-        else if (two_groups)
-          multiply_tiles<true, false>(tiles, a0, a1, num_steps, to, stride, accumulate, ahead);
-        else if (two_panels)
-          multiply_tiles<false, true>(tiles, a0, a1, num_steps, to, stride, accumulate, ahead);
-        else
-          multiply_tiles<false, false>(tiles, a0, a1, num_steps, to, stride, accumulate, ahead);
+        const size_t stride = token < beside.first_token ? p.output_stride : kRows;
+        // The sums of a single pair stay in their tiles.
+        const bool starts = k == p.k_begin, ends = k + num_k == p.k_end, moves = num_tokens > kPair;
+        with_tile_sums(num_tokens - token > kTileTokens, two_panels, [&](auto tile_sums) {
+          if (starts && !p.accumulate)
+            tile_sums.zero();
+          else if (starts || moves)
+            tile_sums.load(to, stride);
+          tile_sums.add_products(tiles, a, a + p.group_bytes, num_steps, ahead);
+          if (ends || moves) tile_sums.store(to, stride);
+        });
         ahead = {};
       }
     }

@@ -20,7 +20,7 @@ def _missing() -> dict[str, str]:
     missing = {}
     if not Path("/proc/driver/nvidia/version").exists():
         missing["gpu"] = "no NVIDIA driver"
-    if not {"amx_tile", "amx_int8"} <= _cpu_flags():
+    if not {"amx_tile", "amx_bf16", "avx512_fp16"} <= _cpu_flags():
         missing["amx"] = "the CPU has no AMX"
     if importlib.util.find_spec("vllm") is None:
         missing["e2e"] = "vLLM is not installed"

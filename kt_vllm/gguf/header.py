@@ -59,19 +59,23 @@ class GGUFTensor:
 
 @dataclass(frozen=True)
 class GGUFHeader:
-    """What one file says. metadata has the scalars; array_lengths the number of elements of each array."""
+    """What one file says. metadata has the scalars; array_lengths the number of elements of each array.
+
+    cut: what of the tensors' data is not there, as the end of a sentence; "" where all is.
+    """
 
     path: str
     size: int
+    cut: str
     metadata: Mapping[str, Scalar]
     array_lengths: Mapping[str, int]
     tensors: tuple[GGUFTensor, ...]
 
 
-def read_header(path: str) -> GGUFHeader:
+def read_header(path: str, require_data: bool = True) -> GGUFHeader:
     """The header of the regular file `path`, parsed once per process and content (path, time, size).
 
-    Raises GGUFError: not there, not readable, not a GGUF, damaged, or shorter than its tensors need.
+    Raises GGUFError: not there, not readable, not a GGUF, damaged, or shorter than its tensors need (if require_data).
     """
     try:
         info = os.stat(path)
@@ -79,7 +83,10 @@ def read_header(path: str) -> GGUFHeader:
         raise GGUFError(f"{path!r} cannot be opened ({_why(e)}): give the path of a GGUF file that exists") from None
     if not stat.S_ISREG(info.st_mode):
         raise GGUFError(f"{path!r} is not a regular file: give a GGUF file or a folder of its shards")
-    return _read_header(path, info.st_mtime_ns, info.st_size)
+    header = _read_header(path, info.st_mtime_ns, info.st_size)
+    if require_data and header.cut:
+        raise GGUFError(_truncated(path, header.cut))
+    return header
 
 
 @lru_cache(maxsize=256)
@@ -97,15 +104,19 @@ def _parse(path: str) -> GGUFHeader | str:
             _check_start(file.read(64))
             reader = _Reader(path, file)
         metadata, array_lengths = MappingProxyType(reader.metadata), MappingProxyType(reader.array_lengths)
-        return GGUFHeader(path, len(reader.data), metadata, array_lengths, tuple(reader.tensors))
+        return GGUFHeader(path, len(reader.data), reader.cut, metadata, array_lengths, tuple(reader.tensors))
     except GGUFError as e:
         return f"{path!r} {e}"
     except OSError as e:
         return f"{path!r} cannot be read ({_why(e)}): check its permissions and its disk"
     except EOFError as e:
-        return f"{path!r} is truncated: {e}; download or copy it again"
+        return _truncated(path, str(e))
     except (ArithmeticError, LookupError, TypeError, ValueError, struct.error) as e:  # ours, and any of GGUFReader's
         return f"{path!r} is damaged: {e}; download or convert it again"
+
+
+def _truncated(path: str, what: str) -> str:
+    return f"{path!r} is truncated: {what}; download or copy it again"
 
 
 def shown(name: str) -> str:
@@ -280,11 +291,11 @@ class _Reader(GGUFReader):
         return GGUFTensor(name, type_.name, tuple(sizes[::-1]), self.path, int(offset[0]), nbytes)
 
     def _build_tensors(self, start_offs: int, fields: list[GGUFTensor]) -> None:
-        """Absolute offsets, after checking that the tensors lie in the file side by side."""
+        """Absolute offsets, after checking that the tensors lie side by side; and what of them is cut."""
         start, alignment, size = int(start_offs), int(self.alignment), len(self.data)
         packed = start + sum(-(-t.nbytes // alignment) * alignment for t in fields)  # where they end without gaps
         self.tensors = [replace(t, offset=start + t.offset) for t in fields]
-        end, before, cut = start, "the header", ""
+        end, before, first_cut = start, "the header", ""
         for t in sorted(self.tensors, key=lambda t: t.offset):
             what = f"tensor {shown(t.name)}"
             if t.offset % alignment:
@@ -296,6 +307,7 @@ class _Reader(GGUFReader):
                 raise ValueError(
                     f"{what} is said to end at byte {end:,}, and all tensors together end by byte {packed:,}"
                 )
-            cut = cut or (shown(t.name) if end > size else "")
-        if cut:
-            raise EOFError(f"it has {size:,} bytes and its tensors need {end:,}; the first one cut is {cut}")
+            first_cut = first_cut or (shown(t.name) if end > size else "")
+        self.cut = first_cut and (
+            f"it has {size:,} bytes and its tensors need {end:,}; the first one cut is {first_cut}"
+        )

@@ -28,9 +28,10 @@ class GGUFModel:
     tensors: Mapping[str, GGUFTensor]
 
     @classmethod
-    def open(cls, path: str) -> "GGUFModel":
+    def open(cls, path: str, require_data: bool = True) -> "GGUFModel":
         """Reads the headers (no tensor data) of the file, of the folder's one model, or of the set a shard belongs to.
 
+        require_data: False accepts files that end before their tensors' data does, for who asks the headers alone.
         Raises GGUFError where anything is missing, damaged, cut or ambiguous.
         """
         full = os.path.abspath(os.path.expanduser(path))
@@ -39,7 +40,7 @@ class GGUFModel:
         elif not os.path.exists(full) and not os.path.islink(full):
             raise GGUFError(f"{path!r} does not exist: give a GGUF file, its first shard, or the folder of its shards")
         paths = _shard_set(full)
-        headers = [read_header(p) for p in paths]
+        headers = [read_header(p, require_data) for p in paths]
         _check_split(headers)
         tensors: dict[str, GGUFTensor] = {}
         for header in headers:

@@ -54,11 +54,19 @@ class MoELayers:
 
 @dataclass(frozen=True)
 class ExpertNames:
-    """Stacked expert tensors [num_experts, rows, cols] of a layer, without `blk.N.`."""
+    """Routed experts of a layer, without `blk.N.`.
+
+    gate, up, down: all experts stacked, [num_experts, rows, cols]; gate_up: each one's gate rows, then its up rows;
+    *_each: a tensor an expert, [rows, cols], as llama.cpp wrote them before April 2024.
+    """
 
     gate: str = "ffn_gate_exps.weight"
     up: str = "ffn_up_exps.weight"
     down: str = "ffn_down_exps.weight"
+    gate_up: str = "ffn_gate_up_exps.weight"
+    gate_each: str = "ffn_gate.{expert}.weight"
+    up_each: str = "ffn_up.{expert}.weight"
+    down_each: str = "ffn_down.{expert}.weight"
 
 
 @dataclass(frozen=True)

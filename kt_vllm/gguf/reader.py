@@ -132,9 +132,11 @@ def _check_split(headers: list[GGUFHeader]) -> None:
                 "were mixed up; download them again"
             )
     total = sum(len(h.tensors) for h in headers)
-    expected = headers[0].metadata.get("split.tensors.count", total)
-    if total != expected:
-        raise GGUFError(
-            f"the {len(headers)} shards of {headers[0].path!r} have {total:,} tensors together and split.tensors.count "
-            f"says {expected}: they are not of one model; download them again"
-        )
+    for header in headers:  # gguf-split writes the count of all shards into each
+        expected = header.metadata.get("split.tensors.count", total)
+        if total != expected:
+            raise GGUFError(
+                f"the {len(headers)} shards of {headers[0].path!r} have {total:,} tensors together and "
+                f"split.tensors.count of {header.path!r} says {expected}: they are not of one model; download them "
+                "again"
+            )

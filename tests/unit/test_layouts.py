@@ -130,6 +130,27 @@ def test_any_file_of_a_set_and_its_folder(raws: Raws, expected: dict[str, object
         assert {name: found[name] for name in expected} == expected
 
 
+def test_shards_of_two_sets(raws: Raws, tmp_path: Path) -> None:
+    """A shard of another model under the right name, and one that is there twice under two names."""
+    ours = sorted(layouts.write(tmp_path / "m.gguf", raws, METADATA, shards=3).parent.glob("m-*"))
+    other = tmp_path / "other"
+    other.mkdir()
+    layouts.write(other / "m.gguf", layouts.expert_each(raws), METADATA, shards=3)
+    kept = ours[1].read_bytes()
+    ours[1].write_bytes((other / ours[1].name).read_bytes())
+    with pytest.raises(GGUFError, match=r"3 shards of .* tensors together and split.tensors.count .*: they are not of"):
+        contents(tmp_path)
+    ours[1].write_bytes(ours[2].read_bytes())
+    with pytest.raises(GGUFError, match=r"m-00002-of-00003.gguf' says its split.no is 2, and 1 is expected"):
+        contents(tmp_path)
+    ours[1].write_bytes(kept)
+    contents(tmp_path)
+    (tmp_path / "m (copy)-00002-of-00003.gguf").write_bytes(kept)
+    with pytest.raises(GGUFError, match=r"has 2 models \(m \(copy\)-00002-of-00003.gguf, m-0000"):
+        contents(tmp_path)
+    contents(ours[2])  # a file of a set says which set is meant
+
+
 def test_multi_token_prediction_is_reported(raws: Raws, tmp_path: Path) -> None:
     path = layouts.write(
         tmp_path / "m.gguf", layouts.expert_each(layouts.with_mtp_layer(raws)), METADATA | {"deepseek2.block_count": 4}

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from kt_vllm.errors import GGUFError
 from kt_vllm.gguf.header import GGUFHeader, GGUFTensor, Scalar, read_header, shown
 
-_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)  # gguf-split's own pattern
+SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)  # gguf-split's own pattern
 
 
 @dataclass(frozen=True)
@@ -72,14 +72,14 @@ def _model_in_folder(folder: str) -> str:
     except OSError as e:
         raise GGUFError(f"the folder {folder!r} cannot be listed ({e.strerror}): check its permissions") from None
     names = [n for n in entries if n.endswith(".gguf") and not n.startswith(".")]
-    models = {(m["stem"], m["count"]) if (m := _SHARD.fullmatch(n)) else (n, ""): n for n in names}
+    models = {(m["stem"], m["count"]) if (m := SHARD.fullmatch(n)) else (n, ""): n for n in names}
     if not models:
         below = [n for n in entries if _has_gguf(os.path.join(folder, n))]
-        hint = f"; its folder(s) {_listed(below)} have some: give one of them" if below else ": give one that has"
+        hint = f"; its folder(s) {listed(below)} have some: give one of them" if below else ": give one that has"
         raise GGUFError(f"the folder {folder!r} has no .gguf file{hint}")
     if len(models) > 1:
         raise GGUFError(
-            f"the folder {folder!r} has {len(models)} models ({_listed(sorted(models.values()))}): give the path of "
+            f"the folder {folder!r} has {len(models)} models ({listed(sorted(models.values()))}): give the path of "
             "one file, or of a first shard"
         )
     return os.path.join(folder, next(iter(models.values())))
@@ -92,14 +92,15 @@ def _has_gguf(folder: str) -> bool:
         return False
 
 
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:8]) + (f", and {len(names) - 8} more" if len(names) > 8 else "")
+def listed(names: list[str], most: int = 8) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:most]) + (f", and {len(names) - most} more" if len(names) > most else "")
 
 
 def _shard_set(path: str) -> tuple[str, ...]:
     """Every shard of the set that `path` is one of, in order; `path` alone if it is not a shard."""
     folder, name = os.path.split(path)
-    match = _SHARD.fullmatch(name)
+    match = SHARD.fullmatch(name)
     if not match:
         return (path,)
     count, number = int(match["count"]), int(match["number"])
@@ -109,7 +110,7 @@ def _shard_set(path: str) -> tuple[str, ...]:
     missing = [n for n in names if not os.path.exists(os.path.join(folder, n))]
     if missing:
         raise GGUFError(
-            f"{len(missing)} of {count} shards missing in {folder!r}: {_listed(missing)}; download them into it"
+            f"{len(missing)} of {count} shards missing in {folder!r}: {listed(missing)}; download them into it"
         )
     return tuple(os.path.join(folder, n) for n in names)
 

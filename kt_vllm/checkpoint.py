@@ -128,7 +128,9 @@ class _Builder:
                 numbers = [v for v in values if isinstance(v, (int, float))]
                 if len(numbers) == len(values):
                     sums.append(sum(numbers))
-            if seen in sums or (not sums and not check.required):
+            less = self.model.get(check.without) if check.without else None
+            rest = seen - less if isinstance(seen, int) and isinstance(less, int) else seen
+            if seen in sums or rest in sums[:1] or (not sums and not check.required):
                 continue
             has = " or ".join(f"{v}" for v in dict.fromkeys(sums)) or "none"
             raise GGUFError(

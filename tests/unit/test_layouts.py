@@ -161,6 +161,26 @@ def test_multi_token_prediction_is_reported(raws: Raws, tmp_path: Path) -> None:
     assert set(reasons) == {name for name in GGUFModel.open(str(path)).tensors if name.startswith("blk.3.")}
 
 
+@pytest.mark.parametrize(
+    ("blocks", "nextn", "config", "fits"),
+    [(4, 1, 0, True), (4, 1, None, True), (4, 1, 1, True), (4, None, 1, True), (3, None, 1, True), (3, 0, 0, True),
+     (4, None, 0, False), (4, 0, None, False), (5, 1, 1, False), (4, 2, 0, False)],
+)  # fmt: skip
+def test_layers_in_config_and_file(
+    blocks: int, nextn: int | None, config: int | None, fits: bool, raws: Raws, tmp_path: Path
+) -> None:
+    """The file may count its multi-token-prediction layer, and config.json may, each for itself."""
+    metadata = METADATA | {"deepseek2.block_count": blocks}
+    metadata |= {} if nextn is None else {"deepseek2.nextn_predict_layer_count": nextn}
+    weights = layouts.with_mtp_layer(raws) if blocks > 3 else raws
+    path = layouts.write(tmp_path / "m.gguf", weights, metadata)
+    if fits:
+        contents(path, num_nextn_predict_layers=config)
+    else:
+        with pytest.raises(GGUFError, match=rf"block_count = {blocks} and config.json has 3"):
+            contents(path, num_nextn_predict_layers=config)
+
+
 def refusal(path: Path, raws: Raws, **config: Any) -> str:
     with pytest.raises(GGUFError) as caught:
         contents(layouts.write(path / "m.gguf", raws, METADATA), **config)

@@ -19,8 +19,10 @@ from kt_vllm.errors import GGUFError
 Scalar = str | int | float | bool
 
 MAX_HEADER_BYTES = 128 << 20  # the largest real header (300k-token vocabulary with merges) is near 20 MB
-MAX_TENSORS = 1 << 20  # DeepSeek-R1 with one tensor per expert has 45,000
-MAX_KEYS = 1 << 16  # real files have under 100
+MAX_TENSORS = 1 << 17  # Kimi-K2 with one tensor per expert has 70,000
+MAX_KEYS = 1 << 12  # real files have under 100
+MAX_TEXT_BYTES = 16 << 20  # of one string that is read; chat templates have 20 kB
+MAX_ELEMENTS = 1 << 20  # strings and arrays in all arrays; the largest vocabularies with merges have 800,000
 MAX_DIMS = 4  # GGML_MAX_DIMS
 MAX_NESTING = 4  # of arrays in arrays; real files have none
 MAX_WEIGHTS = 1 << 62  # so that no product of sizes leaves 64 bits in the C++ core
@@ -169,7 +171,7 @@ class _Reader(GGUFReader):
     what, named = "the header", ""  # what is read now; and, while that is a name, what the name is of
 
     def __init__(self, path: str, file: BinaryIO) -> None:
-        self.path, self.file = path, file
+        self.path, self.file, self.elements = path, file, 0
         super().__init__(file, "r")
 
     def need(self, offset: int, count: int) -> int:
@@ -200,6 +202,9 @@ class _Reader(GGUFReader):
         return np.frombuffer(self.read(offset, int(count) * np.dtype(dtype).itemsize), dtype)
 
     def _get_str(self, offset: int) -> Any:
+        (size,) = _U64.unpack(self.read(offset, _U64.size))
+        if size > MAX_TEXT_BYTES and self.need(offset + _U64.size, size):
+            raise ValueError(f"{self.what} has {size:,} bytes, and no more than {MAX_TEXT_BYTES:,} are believable")
         length, data = super()._get_str(offset)
         try:
             text = data.tobytes().decode()
@@ -249,6 +254,12 @@ class _Reader(GGUFReader):
             return self.need(end, length * _SIZES[type_])
         self.check_type(type_)
         self.need(end, length * _U64.size)  # every string or array in it has a 64-bit length
+        self.elements += length
+        if self.elements > MAX_ELEMENTS:
+            raise ValueError(
+                f"{self.what} brings the strings and arrays in arrays to {self.elements:,}, and no more than "
+                f"{MAX_ELEMENTS:,} are believable"
+            )
         if type_ == GGUFValueType.STRING:
             for _ in range(length):
                 end = self.need(end + _U64.size, *_U64.unpack(self.read(end, _U64.size)))

@@ -108,6 +108,22 @@ def download(model: HubModel, cache_dir: str | None = None, token: bool | str | 
     return os.path.abspath(str(there[model.names[0]]))
 
 
+def check_config(repo: str, revision: str | None = None, token: bool | str | None = None) -> None:
+    """Fetches config.json of a model that is named by its repository, as vLLM does next in many more words.
+
+    Raises HubError.
+    """
+    if is_hub_name(repo) and ":" not in repo:
+        try:
+            _asked(
+                repo, api(token), lambda hub: hub.hf_hub_download(repo, "config.json", revision=revision), "config.json"
+            )
+        except _NoNetworkError as error:
+            raise HubError(
+                f"{error}, and config.json of {repo!r} is not in the cache: connect, or give a model folder"
+            ) from None
+
+
 class _NoNetworkError(Exception):
     """The hub gave no answer; the text says why."""
 
@@ -117,8 +133,8 @@ def api(token: bool | str | None) -> HfApi:
     return HfApi(token=token)
 
 
-def _asked(repo: str, api: HfApi, call: Callable[[HfApi], _T]) -> _T:
-    """call(api), its errors in our words."""
+def _asked(repo: str, api: HfApi, call: Callable[[HfApi], _T], file: str = "such file any more") -> _T:
+    """call(api), which asks for `file`, its errors in our words."""
     hub = api.endpoint
     try:
         return call(api)
@@ -136,7 +152,7 @@ def _asked(repo: str, api: HfApi, call: Callable[[HfApi], _T]) -> _T:
         raise HubError(f"{repo!r} is neither a path here nor a name a hub repository can have: check it") from None
     except errors.EntryNotFoundError as error:
         if isinstance(error, errors.HfHubHTTPError):
-            raise HubError(f"a file of {repo!r} was removed while it was looked at: start again") from None
+            raise HubError(f"the hub repository {repo!r} has no {file}: give one that has") from None
         raise _NoNetworkError(f"{hub} cannot be reached") from None
     except errors.OfflineModeIsEnabled:
         raise _NoNetworkError("HF_HUB_OFFLINE is set") from None

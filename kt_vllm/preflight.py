@@ -34,7 +34,7 @@ _LONGEST_PIECE = 4096
 
 
 def check_model_folder(engine_args: "EngineArgs") -> None:
-    """Raises ConfigError when the model argument is a path and no folder with a config.json.
+    """Raises KTError when the model argument is no folder with a config.json, and no repository with one.
 
     Not part of prepare(): vLLM looks into the folder before that, and ends in a traceback of its download library.
     """
@@ -46,7 +46,7 @@ def check_model_folder(engine_args: "EngineArgs") -> None:
     elif os.path.exists(model):
         seen = "is a file"
     else:
-        # Anything else may be the name of a repository, which vLLM looks up.
+        hub.check_config(model, engine_args.revision, engine_args.hf_token)
         seen = "does not exist" if model.startswith(("/", "./", "../", "~")) else None
     if seen:
         raise ConfigError(

@@ -63,7 +63,7 @@ def test_log_probabilities_of_old_layouts_from_the_hub(tmp_path: Path) -> None:
             timeout=240,
             check=False,
             cwd=ROOT,
-            env={**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": ""},
+            env={**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "TQDM_POSITION": "-1"},
         )
     log = process.stdout + process.stderr
     found = [json.loads(line.partition("LOGPROBS ")[2]) for line in process.stdout.splitlines() if "LOGPROBS " in line]
@@ -81,4 +81,5 @@ def test_log_probabilities_of_old_layouts_from_the_hub(tmp_path: Path) -> None:
     assert [path for path in asked if path.endswith((".safetensors", "Q8_0.gguf"))] == []
     assert len(hub.asked_for("GET", r"resolve/.*\.gguf$")) == 4
     assert hub.asked_for("GET", r"resolve/.*/config.json$") and hub.asked_for("GET", r"resolve/.*/tokenizer.json$")
-    assert "tiny-UD-Q4_K_XL-00002-of-00004.gguf: 100%" in log  # huggingface_hub's progress bar
+    # Its progress bars, which TQDM_POSITION makes it draw without a terminal.
+    assert "tiny-UD-Q4_K_XL-00002-of-00004.gguf: 100%" in log

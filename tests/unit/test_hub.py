@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,32 @@ def test_without_a_network(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert "has no quantisation 'Q8_0': give acme/Many-GGUF:NAME with one of Q4_K_M" in text
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         hub.fail_with = None
+
+
+def test_config_of_a_model_on_the_hub(
+    hub: Hub, tree: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HfApi, "hf_hub_download", partialmethod(HfApi.hf_hub_download, cache_dir="cache"))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"large")
+    hub.repos["acme/model"] = tmp_path / "model"
+    kt_hub.check_config("acme/model")
+    assert [path.rsplit("/")[-1] for path in hub.asked_for("GET", "resolve")] == ["config.json"]
+    hub.fail_with = 503
+    kt_hub.check_config("acme/model")  # from the cache
+    for name in ("/m", "./m", "gpt2", "s3://bucket/model", "model"):
+        kt_hub.check_config(name)  # not asked for: another's business
+    with pytest.raises(HubError, match=r"config.json of 'acme/other' is not in the cache: connect, or give a model"):
+        kt_hub.check_config("acme/other")
+    hub.fail_with = None
+    with pytest.raises(HubError, match=r"'acme/none' has no config.json: give one that has"):
+        kt_hub.check_config("acme/none")
+    with pytest.raises(HubError, match=r"'acme/other' is neither a path here nor a repository of http"):
+        kt_hub.check_config("acme/other")
+    hub.gated.add("acme/One.GGUF")
+    with pytest.raises(HubError, match=r"'acme/One.GGUF' is gated: accept its terms"):
+        kt_hub.check_config("acme/One.GGUF")
 
 
 def test_no_room(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

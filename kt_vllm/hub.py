@@ -18,7 +18,7 @@ import huggingface_hub
 from huggingface_hub import HfApi, constants, errors
 
 from kt_vllm.errors import HubError
-from kt_vllm.gguf.reader import SHARD, listed
+from kt_vllm.gguf.reader import SHARD, is_model, listed
 from kt_vllm.log import init_logger
 
 logger = init_logger(__name__)
@@ -28,8 +28,6 @@ _NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(?::(?P<wanted>[^:]*))?", re.ASCI
 _QUANTISATION = re.compile(
     r"(?<![^-._/ ])(?:UD-)?(?:I?Q\d|TQ\d|(?:MX|NV)FP4|BF16|F16|F32|FP16|FP32)[A-Z0-9_]*(?![^-./ ])", re.IGNORECASE
 )
-# What repositories keep beside the model: vision parts, importance matrices.
-_BESIDE = re.compile(r"(^|[-._/])(mmproj|imatrix)", re.IGNORECASE)
 # huggingface_hub 1.x and 2.x raise what their HTTP library does where there is no connection; all of it has one base.
 _UNREACHABLE: tuple[type[BaseException], ...] = (OSError, errors.HfHubHTTPError.__mro__[1])
 _STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
@@ -190,7 +188,7 @@ def _choose(repo: str, wanted: str | None, files: list[str]) -> tuple[str, ...]:
     models: dict[tuple[str, int], dict[int, str]] = {}
     for name in sorted(files):
         outside = name.startswith("/") or ".." in name.split("/")  # of the cache, if a hub were hostile
-        if name.endswith(".gguf") and not _BESIDE.search(name) and not outside:
+        if is_model(name) and not outside:
             match = SHARD.fullmatch(name)
             key, number = ((match["stem"], int(match["count"])), int(match["number"])) if match else ((name, 1), 1)
             models.setdefault(key, {})[number] = name

@@ -11,6 +11,9 @@ from kt_vllm.gguf.header import GGUFHeader, GGUFTensor, Scalar, read_header, sho
 
 SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)  # gguf-split's own pattern
 
+# What llama.cpp's tools write beside a model: vision parts, importance matrices, prediction heads for its own drafts.
+_BESIDE = re.compile(r"(.*[-._/])?(mmproj|imatrix|mtp)[-._].*", re.DOTALL | re.IGNORECASE)
+
 
 @dataclass(frozen=True)
 class GGUFModel:
@@ -71,7 +74,8 @@ def _model_in_folder(folder: str) -> str:
         entries = sorted(os.listdir(folder))
     except OSError as e:
         raise GGUFError(f"the folder {folder!r} cannot be listed ({e.strerror}): check its permissions") from None
-    names = [n for n in entries if n.endswith(".gguf") and not n.startswith(".")]
+    found = [n for n in entries if n.endswith(".gguf") and not n.startswith(".")]
+    names = [n for n in found if is_model(n)] or found
     models = {(m["stem"], m["count"]) if (m := SHARD.fullmatch(n)) else (n, ""): n for n in names}
     if not models:
         below = [n for n in entries if _has_gguf(os.path.join(folder, n))]
@@ -90,6 +94,11 @@ def _has_gguf(folder: str) -> bool:
         return any(n.endswith(".gguf") for n in os.listdir(folder))
     except OSError:  # not a folder, or not ours to read: no hint then
         return False
+
+
+def is_model(name: str) -> bool:
+    """Whether a file of this name is a model by itself, or a shard of one."""
+    return name.endswith(".gguf") and not _BESIDE.fullmatch(name)
 
 
 def listed(names: list[str], most: int = 8) -> str:

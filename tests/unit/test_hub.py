@@ -30,6 +30,8 @@ FILES = [
     "tiny-bf16.gguf",
     "mmproj-Tiny-F16.gguf",
     "Tiny-imatrix.gguf",
+    "UD-Q4_K_M/mtp-Tiny-UD-Q4_K_M.gguf",
+    "imatrix_unsloth.gguf",
     "Q3_K_S/Tiny-Q3_K_S-00002-of-00002.gguf",
     "Q5_0/Tiny-Q5_0.gguf",
     "old/Tiny-Q5_0.gguf",
@@ -216,13 +218,13 @@ def test_config_of_a_model_on_the_hub(
     hub.repos["acme/model"] = tmp_path / "model"
     kt_hub.check_config("acme/model")
     assert [path.rsplit("/")[-1] for path in hub.asked_for("GET", "resolve")] == ["config.json"]
-    hub.fail_with = 503
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     kt_hub.check_config("acme/model")  # from the cache
     for name in ("/m", "./m", "gpt2", "s3://bucket/model", "model"):
         kt_hub.check_config(name)  # not asked for: another's business
     with pytest.raises(HubError, match=r"config.json of 'acme/other' is not in the cache: connect, or give a model"):
         kt_hub.check_config("acme/other")
-    hub.fail_with = None
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     with pytest.raises(HubError, match=r"'acme/none' has no config.json: give one that has"):
         kt_hub.check_config("acme/none")
     with pytest.raises(HubError, match=r"'acme/other' is neither a path here nor a repository of http"):

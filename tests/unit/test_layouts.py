@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
+from kt_vllm import _native
 from kt_vllm.checkpoint import CheckpointPlan, iter_dense
 from kt_vllm.errors import GGUFError
 from kt_vllm.gguf import GGUFModel
@@ -151,6 +153,60 @@ def test_shards_of_two_sets(raws: Raws, tmp_path: Path) -> None:
     contents(ours[2])  # a file of a set says which set is meant
 
 
+def test_a_folder_with_what_goes_beside_a_model(raws: Raws, expected: dict[str, object], tmp_path: Path) -> None:
+    for name in ("mmproj-m-F16.gguf", "m.imatrix.gguf", "imatrix_x.gguf", "mtp-m.gguf"):
+        (tmp_path / name).write_bytes(b"GGUF of another kind")
+    layouts.write(tmp_path / "m.gguf", raws, METADATA, shards=2)
+    found = contents(tmp_path)
+    assert {name: found[name] for name in expected} == expected
+
+
+# gate, up and down of each layer, and all dense matrices in turn: Unsloth's dynamic files, Q2_K_L and IQ mixes.
+MIXES = {
+    "UD-Q2_K_XL": (["Q2_K Q2_K Q3_K", "IQ2_XXS Q2_K Q6_K", "Q3_K IQ3_XXS Q4_K"], "Q4_K Q6_K Q5_K Q8_0 IQ4_XS"),
+    "UD-IQ1_S": (["IQ1_S IQ1_S IQ2_XXS", "IQ1_M IQ1_S IQ3_S", "IQ1_S IQ1_M IQ4_XS"], "IQ2_XS Q4_K IQ4_NL Q6_K IQ1_M"),
+    "Q2_K_L": (["Q2_K Q2_K Q3_K"] * 3, "Q8_0 Q2_K Q4_K"),
+    "IQ3_M": (["IQ3_S IQ3_S Q4_K", "IQ3_S IQ3_XXS Q4_K", "IQ2_S IQ2_S IQ3_S"], "IQ3_S IQ2_S IQ3_XXS IQ2_XXS Q5_K"),
+    "MXFP4_MOE": (["MXFP4 MXFP4 MXFP4"] * 3, "Q8_0 BF16 F16 Q4_1 Q5_0 TQ1_0"),
+}
+
+
+@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize("mix", MIXES)
+def test_mixes_of_types(mix: str, each: bool, tmp_path: Path) -> None:
+    """Random bytes are as good as weights here: every type's values are those that the gguf package decodes."""
+    experts, dense = MIXES[mix]
+    shape = files.TINY_SHAPE
+    rng = np.random.default_rng()
+    raws: Raws = {}
+    for i, (name, dims) in enumerate(files.tensor_shapes(shape).items()):
+        if name.endswith("_exps.weight"):
+            layer, kind = int(name.split(".")[1]), ("gate", "up", "down").index(name.split("_")[1])
+            type_ = experts[layer - 1].split()[kind]
+        else:
+            kept = len(dims) == 1 or "gate_inp" in name or "k_b" in name
+            type_ = "F32" if kept else dense.split()[i % len(dense.split())]
+        block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[type_]]
+        data = rng.integers(0, 256, int(np.prod(dims)) // block * block_bytes, np.uint8)
+        raws[name] = Raw.f32(rng.standard_normal(dims, np.float32)) if type_ == "F32" else Raw(type_, dims, data)
+    metadata = {"general.architecture": "deepseek2"}
+    metadata |= {f"deepseek2.{k}": v for k, v in gguf_metadata(shape).items()}
+    path = layouts.write(tmp_path / "m.gguf", layouts.expert_each(raws) if each else raws, metadata, shards=3)
+    plan = CheckpointPlan.build(GGUFModel.open(str(path)), hf_config(shape), _native.supported_types("reference"))
+    for layer, found in plan.experts.items():
+        assert [found.gate.type, found.up.type, found.down.type] == experts[layer - 1].split()
+        for kind in ("gate", "up", "down"):
+            assert data_of(getattr(found, kind)) == raws[f"blk.{layer}.ffn_{kind}_exps.weight"].data.tobytes()
+    types = set()
+    with np.errstate(all="ignore"):
+        for tensor, (_, values) in zip(plan.dense, iter_dense(plan), strict=True):
+            if len(tensor.sources) == 1:
+                source = tensor.sources[0]
+                types.add(source.type)
+                assert np.array_equal(values.numpy(), raws[source.name].values(), equal_nan=True), source.name
+    assert types >= set(dense.split())
+
+
 def test_multi_token_prediction_is_reported(raws: Raws, tmp_path: Path) -> None:
     path = layouts.write(
         tmp_path / "m.gguf", layouts.expert_each(layouts.with_mtp_layer(raws)), METADATA | {"deepseek2.block_count": 4}
@@ -228,7 +284,6 @@ def test_kernels_are_asked_for_in_every_layout(raws: Raws, tmp_path: Path) -> No
 
 def test_the_executor_computes_the_same(raws: Raws, tmp_path: Path) -> None:
     """Bit for bit, from a stacked file and from one with a tensor an expert in shards."""
-    from kt_vllm import _native
     from kt_vllm.executor import CPUExpertExecutor
 
     rng = np.random.default_rng()

@@ -324,10 +324,10 @@ def test_a_giant_with_a_tensor_an_expert(tmp_path: Path) -> None:
     keys += [files.key(f"deepseek2.{k}", 4, struct.pack("<I", v)) for k, v in gguf_metadata(shape).items()]
     path = tmp_path / "m.gguf"
     path.write_bytes(files.raw(keys, entries))
-    start = time.perf_counter()
+    start = time.process_time()
     plan = CheckpointPlan.build(GGUFModel.open(str(path), require_data=False), hf_config(shape), ["Q4_K"])
     # An absolute bound, since it is one of patience.
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
     assert {len(experts.up.spans) for experts in plan.experts.values()} == {256}
     assert plan.expert_bytes == 58 * 3 * 256 * 2048 * 7168 // 256 * 144
 

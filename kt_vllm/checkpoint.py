@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from kt_vllm.errors import GGUFError
 from kt_vllm.families import DenseName, ModelFamily, find_family
 from kt_vllm.gguf.dense import DECODABLE_TYPES, TRANSFORMS, read_dense
+from kt_vllm.gguf.experts import ExpertLayout, LayerExperts, is_expert
+from kt_vllm.gguf.experts import ExpertSource as ExpertSource  # who has a plan needs its parts
 from kt_vllm.gguf.header import GGUFTensor, shown
 from kt_vllm.gguf.reader import GGUFModel
 
@@ -36,35 +38,6 @@ class DenseTensor:
     @property
     def num_weights(self) -> int:
         return sum(prod(s.shape) for s in self.sources)
-
-
-@dataclass(frozen=True)
-class ExpertSource:
-    """One projection of a layer's routed experts: the arguments of kt_vllm._native.ExpertTensor.
-
-    shape: (num_experts, rows, cols); spans: (path, offset, bytes) in order.
-    """
-
-    type: str
-    shape: tuple[int, int, int]
-    spans: tuple[tuple[str, int, int], ...]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(nbytes for _, _, nbytes in self.spans)
-
-
-@dataclass(frozen=True)
-class LayerExperts:
-    """gate and up [num_experts, intermediate_size, hidden_size], down [num_experts, hidden_size, intermediate_size]."""
-
-    gate: ExpertSource
-    up: ExpertSource
-    down: ExpertSource
-
-    @property
-    def nbytes(self) -> int:
-        return self.gate.nbytes + self.up.nbytes + self.down.nbytes
 
 
 @dataclass(frozen=True)
@@ -155,7 +128,9 @@ class _Builder:
                 numbers = [v for v in values if isinstance(v, (int, float))]
                 if len(numbers) == len(values):
                     sums.append(sum(numbers))
-            if seen in sums or (not sums and not check.required):
+            less = self.model.get(check.without) if check.without else None
+            rest = seen - less if isinstance(seen, int) and isinstance(less, int) else seen
+            if seen in sums or rest in sums[:1] or (not sums and not check.required):
                 continue
             has = " or ".join(f"{v}" for v in dict.fromkeys(sums)) or "none"
             raise GGUFError(
@@ -214,35 +189,13 @@ class _Builder:
 
     def take_experts(self, layer: int, tensors: dict[str, GGUFTensor]) -> LayerExperts:
         """Takes the layer's expert tensors out of `tensors`."""
-        names, fields = self.family.experts, self.family.fields
-        num_experts, hidden = self.field(fields.num_experts), self.field(fields.hidden_size)
-        intermediate = self.field(fields.intermediate_size)
-
-        def take(stem: str, shape: tuple[int, int, int]) -> ExpertSource:
-            tensor = tensors.pop(stem, None)
-            if tensor is None:
-                raise GGUFError(
-                    f"{self.model.path!r} has no tensor 'blk.{layer}.{stem}', and layer {layer} has routed experts by "
-                    "config.json: the file is incomplete or of another model; download or convert it again"
-                )
-            if tensor.shape != shape:
-                raise GGUFError(
-                    f"tensor {tensor.name!r} has shape {list(tensor.shape)} and {list(shape)} is expected from "
-                    f"config.json's {fields.num_experts}, {fields.hidden_size} and {fields.intermediate_size}: "
-                    f"{_SAME_MODEL}"
-                )
-            if self.supported is not None and tensor.type not in self.supported:
-                raise GGUFError(
-                    f"expert tensor {tensor.name!r} has type {tensor.type}, which the executor has no kernels for: use "
-                    f"a file with experts in {', '.join(self.supported)}"
-                )
-            return ExpertSource(tensor.type, shape, ((tensor.path, tensor.offset, tensor.nbytes),))
-
-        return LayerExperts(
-            take(names.gate, (num_experts, intermediate, hidden)),
-            take(names.up, (num_experts, intermediate, hidden)),
-            take(names.down, (num_experts, hidden, intermediate)),
-        )
+        fields = self.family.fields
+        sizes_from = f"{fields.num_experts}, {fields.hidden_size} and {fields.intermediate_size}"
+        layout = ExpertLayout(self.family.experts, self.model.path, layer, tensors, sizes_from, self.supported)
+        experts = layout.read(*map(self.field, (fields.num_experts, fields.intermediate_size, fields.hidden_size)))
+        for stem in layout.used:
+            del tensors[stem]
+        return experts
 
     def take_dense(
         self,
@@ -283,7 +236,7 @@ class _Builder:
                 f"{self.model.path!r} has {shown(tensor.name)} and not {shown(name)}, which belong together: the file "
                 "is incomplete; download or convert it again"
             )
-        if stem in (self.family.experts.gate, self.family.experts.up, self.family.experts.down):
+        if is_expert(self.family.experts, stem):
             raise GGUFError(
                 f"{self.model.path!r} has routed experts in {shown(tensor.name)}, a layer that has none by "
                 f"config.json: {_SAME_MODEL}"

@@ -33,9 +33,9 @@ class KTConfig:
     """Fields made by _flag() are flags (--kt-cpu-infer is cpu_infer); the others are resolved at start."""
 
     gguf: str = _flag(
-        "Weights: a GGUF file, a folder that holds the shards of one model, or the first shard. "
-        "The model argument then gives only config and tokenizer.",
-        metavar="PATH",
+        "Weights: a GGUF file, a folder that holds the shards of one model, any one of them, or what to download from "
+        "the hub, such as org/repo:Q4_K_M. The model argument then gives only config and tokenizer.",
+        metavar="PATH|REPO:NAME",
     )
     cpu_infer: int | None = _flag(
         "Threads of the routed-expert executor. Default: physical cores minus one.",
@@ -58,7 +58,9 @@ class KTConfig:
 
     def __post_init__(self) -> None:
         if not isinstance(self.gguf, str) or not self.gguf:
-            raise ConfigError(f"--kt-gguf is {self.gguf!r}; give the path of a GGUF file or folder.")
+            raise ConfigError(
+                f"--kt-gguf is {self.gguf!r}; give the path of a GGUF file or folder, or org/repo:Q4_K_M."
+            )
         if self.cpu_infer is not None and (isinstance(self.cpu_infer, bool) or not isinstance(self.cpu_infer, int)):
             raise ConfigError(f"--kt-cpu-infer is {self.cpu_infer!r}; give a whole number of threads, 1 or more.")
         if self.cpu_infer is not None and self.cpu_infer < 1:

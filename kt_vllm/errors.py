@@ -13,5 +13,9 @@ class GGUFError(KTError):
     """The GGUF file is missing, damaged, incomplete or does not fit the model."""
 
 
+class HubError(KTError):
+    """A repository of the Hugging Face hub is not there, does not have what is asked, or cannot be reached."""
+
+
 class ResourceError(KTError):
     """The machine lacks memory, cores or an instruction set."""

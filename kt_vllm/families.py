@@ -31,12 +31,14 @@ class DenseName:
 class FieldCheck:
     """The metadata value ARCHITECTURE.gguf must equal the sum of the config.json fields of one of `hf`.
 
-    A value that the GGUF leaves out is not checked. A field that config.json leaves out is an error if `required`.
+    Less the value of `without`, which config.json need not know of, it may equal the first of them. A value that the
+    GGUF leaves out is not checked. A field that config.json leaves out is an error if `required`.
     """
 
     gguf: str
     hf: tuple[tuple[str, ...], ...]
     required: bool = False
+    without: str | None = None
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,19 @@ class MoELayers:
 
 @dataclass(frozen=True)
 class ExpertNames:
-    """Stacked expert tensors [num_experts, rows, cols] of a layer, without `blk.N.`."""
+    """Routed experts of a layer, without `blk.N.`.
+
+    gate, up, down: all experts stacked, [num_experts, rows, cols]; gate_up: each one's gate rows, then its up rows;
+    *_each: a tensor an expert, [rows, cols], as llama.cpp wrote them before April 2024.
+    """
 
     gate: str = "ffn_gate_exps.weight"
     up: str = "ffn_up_exps.weight"
     down: str = "ffn_down_exps.weight"
+    gate_up: str = "ffn_gate_up_exps.weight"
+    gate_each: str = "ffn_gate.{expert}.weight"
+    up_each: str = "ffn_up.{expert}.weight"
+    down_each: str = "ffn_down.{expert}.weight"
 
 
 @dataclass(frozen=True)
@@ -128,7 +138,10 @@ _DEEPSEEK2 = ModelFamily(
     checks=(
         FieldCheck("embedding_length", (("hidden_size",),), required=True),
         FieldCheck(
-            "block_count", (("num_hidden_layers",), ("num_hidden_layers", "num_nextn_predict_layers")), required=True
+            "block_count",
+            (("num_hidden_layers",), ("num_hidden_layers", "num_nextn_predict_layers")),
+            required=True,
+            without="nextn_predict_layer_count",
         ),
         FieldCheck("expert_count", (("n_routed_experts",),), required=True),
         FieldCheck("expert_used_count", (("num_experts_per_tok",),), required=True),

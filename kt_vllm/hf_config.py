@@ -7,6 +7,7 @@ that the user's --quantization asks for.
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PretrainedConfig
 from vllm.transformers_utils.config import HFConfigParser
 
@@ -37,4 +38,8 @@ class KTConfigParser(HFConfigParser):
                 "kt_vllm: ignoring the %s quantization of config.json; the weights come from the GGUF.",
                 dropped.get("quant_method", "unnamed"),
             )
+        if getattr(config, "dtype", None) is None and getattr(config.get_text_config(), "dtype", None) is None:
+            # vLLM would look into the folder's or the repository's safetensors for it, which are not used here.
+            config.dtype = torch.bfloat16
+            logger.info("kt_vllm: config.json has no dtype; taking bfloat16, in which these models were trained.")
         return config_dict, config

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from vllm.platforms import current_platform
 
-from kt_vllm import _native, compat
+from kt_vllm import _native, compat, hub
 from kt_vllm.checkpoint import CheckpointPlan
 from kt_vllm.config import CONFIG_KEY, KTConfig
 from kt_vllm.cpus import allowed_cpus, choose_cpus, nodes_of
@@ -34,7 +34,7 @@ _LONGEST_PIECE = 4096
 
 
 def check_model_folder(engine_args: "EngineArgs") -> None:
-    """Raises ConfigError when the model argument is a path and no folder with a config.json.
+    """Raises KTError when the model argument is no folder with a config.json, and no repository with one.
 
     Not part of prepare(): vLLM looks into the folder before that, and ends in a traceback of its download library.
     """
@@ -46,7 +46,7 @@ def check_model_folder(engine_args: "EngineArgs") -> None:
     elif os.path.exists(model):
         seen = "is a file"
     else:
-        # Anything else may be the name of a repository, which vLLM looks up.
+        hub.check_config(model, engine_args.revision, engine_args.hf_token)
         seen = "does not exist" if model.startswith(("/", "./", "../", "~")) else None
     if seen:
         raise ConfigError(
@@ -62,7 +62,10 @@ def prepare(engine_args: "EngineArgs") -> KTConfig | None:
         return None
     config = KTConfig.from_dict(values)
     _refuse_unsupported(engine_args)
-    GGUFModel.open(config.gguf)
+    if hub.is_hub_name(config.gguf):
+        hub.find(config.gguf, engine_args.download_dir, engine_args.hf_token)
+    else:
+        GGUFModel.open(config.gguf)
     config = _resolve(config)
     engine_args.additional_config = {**engine_args.additional_config, CONFIG_KEY: config.to_dict()}
     engine_args.load_format = LOAD_FORMAT
@@ -120,9 +123,16 @@ def _refuse_unsupported(engine_args: "EngineArgs") -> None:
 
 
 def check(engine_args: "EngineArgs", config: KTConfig, model_config: "ModelConfig") -> None:
-    """Raises KTError when the GGUF does not fit config.json, the executor, or the memory of the host."""
+    """Downloads the GGUF if it is on the hub; engine_args then have its path.
+
+    Raises KTError when it cannot be had or does not fit config.json, the executor, or the memory of the host.
+    """
     hf_config = model_config.hf_text_config
     isa, _ = _native.choose_isa(config.isa)
+    # Only now: what is wrong with the model argument shows before hundreds of gigabytes are downloaded.
+    gguf = hub.resolve(config.gguf, engine_args.download_dir, engine_args.hf_token)
+    config = dataclasses.replace(config, gguf=gguf)
+    engine_args.additional_config = {**engine_args.additional_config, CONFIG_KEY: config.to_dict()}
     plan = CheckpointPlan.build(
         GGUFModel.open(config.gguf), hf_config.to_dict(), supported_types=_native.supported_types(isa)
     )

@@ -239,7 +239,7 @@ def raw(
 
 def write_sparse(path: Path, shape: Shape, type_of: Callable[[str], str], **layout: bool) -> Path:
     """A file of any size with a true header and no data on disk: reads give zeros."""
-    header, _, nbytes = _layout(shape, type_of, **layout)
+    header, _, nbytes = header_of(shape, type_of, **layout)
     with open(path, "wb") as file:
         file.write(header)
         file.truncate(len(header) + nbytes)
@@ -251,7 +251,7 @@ def write_random(path: Path, shape: Shape, type_of: Callable[[str], str], **layo
 
     F32, F16, BF16, Q8_0 and Q4_K.
     """
-    header, tensors, nbytes = _layout(shape, type_of, **layout)
+    header, tensors, nbytes = header_of(shape, type_of, **layout)
     pools: dict[GGMLQuantizationType, bytes] = {}
     with open(path, "wb") as file:
         file.write(header)
@@ -264,7 +264,7 @@ def write_random(path: Path, shape: Shape, type_of: Callable[[str], str], **layo
     return path
 
 
-def _layout(
+def header_of(
     shape: Shape, type_of: Callable[[str], str], **layout: bool
 ) -> tuple[bytes, list[tuple[GGMLQuantizationType, int, int]], int]:
     """The header; (type, offset in the data, bytes) of each tensor; bytes of the data."""

@@ -67,6 +67,9 @@ void ExpertLoader::add(const ExpertTensor& tensor, RowRange rows, int panel_rows
     slice->spans.push_back({open_file(span.path), span.offset, begin, span.bytes});
     begin += span.bytes;
   }
+  KT_CHECK(begin == slice->row_bytes * tensor.num_rows * tensor.num_experts, "the spans to load hold ", begin,
+           " bytes, expected ", slice->row_bytes * tensor.num_rows * tensor.num_experts,
+           "; the GGUF's tensor table is wrong");
   bytes_total_ += slice->row_bytes * rows.size() * tensor.num_experts;
 
   const size_t panel_bytes = slice->row_bytes * panel_rows;

@@ -19,8 +19,10 @@ from kt_vllm.errors import GGUFError
 Scalar = str | int | float | bool
 
 MAX_HEADER_BYTES = 128 << 20  # the largest real header (300k-token vocabulary with merges) is near 20 MB
-MAX_TENSORS = 1 << 20  # DeepSeek-R1 with one tensor per expert has 45,000
-MAX_KEYS = 1 << 16  # real files have under 100
+MAX_TENSORS = 1 << 17  # Kimi-K2 with one tensor per expert has 70,000
+MAX_KEYS = 1 << 12  # real files have under 100
+MAX_TEXT_BYTES = 16 << 20  # of one string that is read; chat templates have 20 kB
+MAX_ELEMENTS = 1 << 20  # strings and arrays in all arrays; the largest vocabularies with merges have 800,000
 MAX_DIMS = 4  # GGML_MAX_DIMS
 MAX_NESTING = 4  # of arrays in arrays; real files have none
 MAX_WEIGHTS = 1 << 62  # so that no product of sizes leaves 64 bits in the C++ core
@@ -59,19 +61,23 @@ class GGUFTensor:
 
 @dataclass(frozen=True)
 class GGUFHeader:
-    """What one file says. metadata has the scalars; array_lengths the number of elements of each array."""
+    """What one file says. metadata has the scalars; array_lengths the number of elements of each array.
+
+    cut: what of the tensors' data is not there, as the end of a sentence; "" where all is.
+    """
 
     path: str
     size: int
+    cut: str
     metadata: Mapping[str, Scalar]
     array_lengths: Mapping[str, int]
     tensors: tuple[GGUFTensor, ...]
 
 
-def read_header(path: str) -> GGUFHeader:
+def read_header(path: str, require_data: bool = True) -> GGUFHeader:
     """The header of the regular file `path`, parsed once per process and content (path, time, size).
 
-    Raises GGUFError: not there, not readable, not a GGUF, damaged, or shorter than its tensors need.
+    Raises GGUFError: not there, not readable, not a GGUF, damaged, or shorter than its tensors need (if require_data).
     """
     try:
         info = os.stat(path)
@@ -79,7 +85,10 @@ def read_header(path: str) -> GGUFHeader:
         raise GGUFError(f"{path!r} cannot be opened ({_why(e)}): give the path of a GGUF file that exists") from None
     if not stat.S_ISREG(info.st_mode):
         raise GGUFError(f"{path!r} is not a regular file: give a GGUF file or a folder of its shards")
-    return _read_header(path, info.st_mtime_ns, info.st_size)
+    header = _read_header(path, info.st_mtime_ns, info.st_size)
+    if require_data and header.cut:
+        raise GGUFError(_truncated(path, header.cut))
+    return header
 
 
 @lru_cache(maxsize=256)
@@ -97,15 +106,19 @@ def _parse(path: str) -> GGUFHeader | str:
             _check_start(file.read(64))
             reader = _Reader(path, file)
         metadata, array_lengths = MappingProxyType(reader.metadata), MappingProxyType(reader.array_lengths)
-        return GGUFHeader(path, len(reader.data), metadata, array_lengths, tuple(reader.tensors))
+        return GGUFHeader(path, len(reader.data), reader.cut, metadata, array_lengths, tuple(reader.tensors))
     except GGUFError as e:
         return f"{path!r} {e}"
     except OSError as e:
         return f"{path!r} cannot be read ({_why(e)}): check its permissions and its disk"
     except EOFError as e:
-        return f"{path!r} is truncated: {e}; download or copy it again"
+        return _truncated(path, str(e))
     except (ArithmeticError, LookupError, TypeError, ValueError, struct.error) as e:  # ours, and any of GGUFReader's
         return f"{path!r} is damaged: {e}; download or convert it again"
+
+
+def _truncated(path: str, what: str) -> str:
+    return f"{path!r} is truncated: {what}; download or copy it again"
 
 
 def shown(name: str) -> str:
@@ -158,7 +171,7 @@ class _Reader(GGUFReader):
     what, named = "the header", ""  # what is read now; and, while that is a name, what the name is of
 
     def __init__(self, path: str, file: BinaryIO) -> None:
-        self.path, self.file = path, file
+        self.path, self.file, self.elements = path, file, 0
         super().__init__(file, "r")
 
     def need(self, offset: int, count: int) -> int:
@@ -189,6 +202,9 @@ class _Reader(GGUFReader):
         return np.frombuffer(self.read(offset, int(count) * np.dtype(dtype).itemsize), dtype)
 
     def _get_str(self, offset: int) -> Any:
+        (size,) = _U64.unpack(self.read(offset, _U64.size))
+        if size > MAX_TEXT_BYTES and self.need(offset + _U64.size, size):
+            raise ValueError(f"{self.what} has {size:,} bytes, and no more than {MAX_TEXT_BYTES:,} are believable")
         length, data = super()._get_str(offset)
         try:
             text = data.tobytes().decode()
@@ -238,6 +254,12 @@ class _Reader(GGUFReader):
             return self.need(end, length * _SIZES[type_])
         self.check_type(type_)
         self.need(end, length * _U64.size)  # every string or array in it has a 64-bit length
+        self.elements += length
+        if self.elements > MAX_ELEMENTS:
+            raise ValueError(
+                f"{self.what} brings the strings and arrays in arrays to {self.elements:,}, and no more than "
+                f"{MAX_ELEMENTS:,} are believable"
+            )
         if type_ == GGUFValueType.STRING:
             for _ in range(length):
                 end = self.need(end + _U64.size, *_U64.unpack(self.read(end, _U64.size)))
@@ -280,11 +302,11 @@ class _Reader(GGUFReader):
         return GGUFTensor(name, type_.name, tuple(sizes[::-1]), self.path, int(offset[0]), nbytes)
 
     def _build_tensors(self, start_offs: int, fields: list[GGUFTensor]) -> None:
-        """Absolute offsets, after checking that the tensors lie in the file side by side."""
+        """Absolute offsets, after checking that the tensors lie side by side; and what of them is cut."""
         start, alignment, size = int(start_offs), int(self.alignment), len(self.data)
         packed = start + sum(-(-t.nbytes // alignment) * alignment for t in fields)  # where they end without gaps
         self.tensors = [replace(t, offset=start + t.offset) for t in fields]
-        end, before, cut = start, "the header", ""
+        end, before, first_cut = start, "the header", ""
         for t in sorted(self.tensors, key=lambda t: t.offset):
             what = f"tensor {shown(t.name)}"
             if t.offset % alignment:
@@ -296,6 +318,7 @@ class _Reader(GGUFReader):
                 raise ValueError(
                     f"{what} is said to end at byte {end:,}, and all tensors together end by byte {packed:,}"
                 )
-            cut = cut or (shown(t.name) if end > size else "")
-        if cut:
-            raise EOFError(f"it has {size:,} bytes and its tensors need {end:,}; the first one cut is {cut}")
+            first_cut = first_cut or (shown(t.name) if end > size else "")
+        self.cut = first_cut and (
+            f"it has {size:,} bytes and its tensors need {end:,}; the first one cut is {first_cut}"
+        )

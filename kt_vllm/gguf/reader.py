@@ -9,7 +9,10 @@ from types import MappingProxyType
 from kt_vllm.errors import GGUFError
 from kt_vllm.gguf.header import GGUFHeader, GGUFTensor, Scalar, read_header, shown
 
-_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)  # gguf-split's own pattern
+SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)  # gguf-split's own pattern
+
+# What llama.cpp's tools write beside a model: vision parts, importance matrices, prediction heads for its own drafts.
+_BESIDE = re.compile(r"(.*[-._/])?(mmproj|imatrix|mtp)[-._].*", re.DOTALL | re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -28,9 +31,10 @@ class GGUFModel:
     tensors: Mapping[str, GGUFTensor]
 
     @classmethod
-    def open(cls, path: str) -> "GGUFModel":
+    def open(cls, path: str, require_data: bool = True) -> "GGUFModel":
         """Reads the headers (no tensor data) of the file, of the folder's one model, or of the set a shard belongs to.
 
+        require_data: False accepts files that end before their tensors' data does, for who asks the headers alone.
         Raises GGUFError where anything is missing, damaged, cut or ambiguous.
         """
         full = os.path.abspath(os.path.expanduser(path))
@@ -39,7 +43,7 @@ class GGUFModel:
         elif not os.path.exists(full) and not os.path.islink(full):
             raise GGUFError(f"{path!r} does not exist: give a GGUF file, its first shard, or the folder of its shards")
         paths = _shard_set(full)
-        headers = [read_header(p) for p in paths]
+        headers = [read_header(p, require_data) for p in paths]
         _check_split(headers)
         tensors: dict[str, GGUFTensor] = {}
         for header in headers:
@@ -70,15 +74,16 @@ def _model_in_folder(folder: str) -> str:
         entries = sorted(os.listdir(folder))
     except OSError as e:
         raise GGUFError(f"the folder {folder!r} cannot be listed ({e.strerror}): check its permissions") from None
-    names = [n for n in entries if n.endswith(".gguf") and not n.startswith(".")]
-    models = {(m["stem"], m["count"]) if (m := _SHARD.fullmatch(n)) else (n, ""): n for n in names}
+    found = [n for n in entries if n.endswith(".gguf") and not n.startswith(".")]
+    names = [n for n in found if is_model(n)] or found
+    models = {(m["stem"], m["count"]) if (m := SHARD.fullmatch(n)) else (n, ""): n for n in names}
     if not models:
         below = [n for n in entries if _has_gguf(os.path.join(folder, n))]
-        hint = f"; its folder(s) {_listed(below)} have some: give one of them" if below else ": give one that has"
+        hint = f"; its folder(s) {listed(below)} have some: give one of them" if below else ": give one that has"
         raise GGUFError(f"the folder {folder!r} has no .gguf file{hint}")
     if len(models) > 1:
         raise GGUFError(
-            f"the folder {folder!r} has {len(models)} models ({_listed(sorted(models.values()))}): give the path of "
+            f"the folder {folder!r} has {len(models)} models ({listed(sorted(models.values()))}): give the path of "
             "one file, or of a first shard"
         )
     return os.path.join(folder, next(iter(models.values())))
@@ -91,14 +96,20 @@ def _has_gguf(folder: str) -> bool:
         return False
 
 
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:8]) + (f", and {len(names) - 8} more" if len(names) > 8 else "")
+def is_model(name: str) -> bool:
+    """Whether a file of this name is a model by itself, or a shard of one."""
+    return name.endswith(".gguf") and not _BESIDE.fullmatch(name)
+
+
+def listed(names: list[str], most: int = 8) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:most]) + (f", and {len(names) - most} more" if len(names) > most else "")
 
 
 def _shard_set(path: str) -> tuple[str, ...]:
     """Every shard of the set that `path` is one of, in order; `path` alone if it is not a shard."""
     folder, name = os.path.split(path)
-    match = _SHARD.fullmatch(name)
+    match = SHARD.fullmatch(name)
     if not match:
         return (path,)
     count, number = int(match["count"]), int(match["number"])
@@ -108,7 +119,7 @@ def _shard_set(path: str) -> tuple[str, ...]:
     missing = [n for n in names if not os.path.exists(os.path.join(folder, n))]
     if missing:
         raise GGUFError(
-            f"{len(missing)} of {count} shards missing in {folder!r}: {_listed(missing)}; download them into it"
+            f"{len(missing)} of {count} shards missing in {folder!r}: {listed(missing)}; download them into it"
         )
     return tuple(os.path.join(folder, n) for n in names)
 
@@ -131,9 +142,11 @@ def _check_split(headers: list[GGUFHeader]) -> None:
                 "were mixed up; download them again"
             )
     total = sum(len(h.tensors) for h in headers)
-    expected = headers[0].metadata.get("split.tensors.count", total)
-    if total != expected:
-        raise GGUFError(
-            f"the {len(headers)} shards of {headers[0].path!r} have {total:,} tensors together and split.tensors.count "
-            f"says {expected}: they are not of one model; download them again"
-        )
+    for header in headers:  # gguf-split writes the count of all shards into each
+        expected = header.metadata.get("split.tensors.count", total)
+        if total != expected:
+            raise GGUFError(
+                f"the {len(headers)} shards of {headers[0].path!r} have {total:,} tensors together and "
+                f"split.tensors.count of {header.path!r} says {expected}: they are not of one model; download them "
+                "again"
+            )

@@ -329,6 +329,48 @@ TEST(sizes_that_overflow) {
   CHECK_ERROR(check_layer(spec, *kernel_tables().back(), 0), "tensor gate", "more than 281474976710656 bytes");
 }
 
+// Each expert a tensor of its own, last one first in the file; then pieces that a wrong tensor table could ask for.
+TEST(spans) {
+  for (GgmlType type : {GgmlType::F32, GgmlType::Q8_0}) {
+    Layer layer(type, 3, 64, 64);
+    Call call(layer, 8, 2);
+    const MoELayerSpec stacked = layer.spec;
+    for (ExpertTensor* tensor : layer.tensors()) {
+      const FileSpan whole = tensor->spans[0];
+      const uint64_t each = whole.bytes / 3;
+      tensor->spans.clear();
+      for (uint64_t i = 0; i < 3; ++i) tensor->spans.push_back({whole.path, whole.offset + i * each, each});
+    }
+    run(*make_executor({&layer}, 2, 8), 0, call);
+    CHECK(error_of(layer, call) < 1e-2, "wrong with a span an expert");
+
+    const FileSpan whole = stacked.down.spans[0];
+    const uint64_t most = ~uint64_t{0};
+    const struct {
+      std::vector<FileSpan> spans;
+      const char* sentence;
+    } wrong[] = {
+        {{{whole.path, whole.offset + 1, whole.bytes}}, "the file is truncated"},
+        {{{whole.path, most, whole.bytes}}, "the file is truncated"},
+        {{{whole.path, most - whole.bytes + 1, whole.bytes}}, "the file is truncated"},
+        {{{whole.path, uint64_t{1} << 63, whole.bytes}}, "the file is truncated"},
+        {{{whole.path, 0, whole.bytes - 4}}, "hold"},
+        {{{whole.path, 0, whole.bytes + 4}}, "hold more"},
+        {{{whole.path, 0, most}, {whole.path, 0, whole.bytes + 1}}, "hold more"},  // together whole.bytes, mod 2^64
+        {{{whole.path, 0, whole.bytes}, {whole.path, 0, most}, {whole.path, 0, 1}}, "hold more"},
+        {{}, "hold 0 bytes"},
+        {{{"/tmp", 0, whole.bytes}}, "not a regular file"},
+        {{{"", 0, whole.bytes}}, "cannot open"},
+    };
+    for (const auto& [spans, sentence] : wrong) {
+      MoEExecutor executor({"reference", places({-1}), 4});
+      MoELayerSpec spec = stacked;
+      spec.down.spans = spans;
+      CHECK_ERROR(executor.add_layer(spec), "layer 0, tensor down", sentence);
+    }
+  }
+}
+
 TEST(misuse) {
   Layer layer(GgmlType::F32, 2, 8, 8);
   MoEExecutor executor({"reference", places({-1}), 4});

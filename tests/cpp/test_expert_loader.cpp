@@ -166,6 +166,25 @@ TEST(errors) {
     CHECK(shrunk.error().find("met the end of the file") != std::string::npos, shrunk.error());
   }
 
+  // Past the end, and where the offset is none that a file can have.
+  for (uint64_t offset : {uint64_t{4'000}, uint64_t{1} << 40, uint64_t{1} << 63, ~uint64_t{0}, ~uint64_t{0} - 7}) {
+    for (int panel_rows : {1, kPanelRows}) {
+      ExpertTensor tensor = one_row(file.path(), 8);
+      tensor.spans[0].offset = offset;
+      ExpertLoader beyond(pool);
+      beyond.add(tensor, {0, 1}, panel_rows, 0, memory.data());
+      load(beyond, pool);
+      CHECK(beyond.error().find("reading 8 bytes at " + std::to_string(offset)) == 0, beyond.error());
+      CHECK(beyond.bytes_done() == 0, beyond.bytes_done() << " bytes read");
+    }
+  }
+  ExpertTensor short_of_it = one_row(file.path(), 8);
+  short_of_it.spans[0].bytes = 4;
+  ExpertLoader incomplete(pool);
+  CHECK_ERROR(incomplete.add(short_of_it, {0, 1}, 1, 0, memory.data()), "hold 4 bytes, expected 8");
+  short_of_it.spans.clear();
+  CHECK_ERROR(incomplete.add(short_of_it, {0, 1}, 1, 0, memory.data()), "hold 0 bytes, expected 8");
+
   // A directory opens, but cannot be read.
   ExpertLoader directory(pool);
   directory.add(one_row("/tmp", 8), {0, 1}, 1, 0, memory.data());

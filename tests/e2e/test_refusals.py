@@ -15,6 +15,7 @@ import pytest
 from kt_vllm import _native
 from kt_vllm.memory import available_host_memory
 from tests import gguf_files as files
+from tests import hub_server
 from tests.e2e.score import GGUF, MODEL_DIR
 from tests.e2e.server import free_port
 
@@ -99,6 +100,32 @@ REFUSED: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "JSON after the flag": (MODEL, (*NONE, "--additional-config", '{"x": 1}'), NONE_ENDS),
     "JSON before the flag": (MODEL, ("--additional-config", '{"x": 1}', *NONE), NONE_ENDS),
     "dotted JSON after the flag": (MODEL, (*NONE, "--additional-config.x", "1"), NONE_ENDS),
+    "no such repository": (
+        MODEL,
+        ("--kt-gguf", "acme/nothing:Q4_K_M"),
+        ("'acme/nothing' is neither a path here nor a repository of http://127.0.0.1", "check the name"),
+    ),
+    "no such quantisation": (
+        MODEL,
+        ("--kt-gguf", "acme/tiny-GGUF:Q8_0"),
+        ("'acme/tiny-GGUF' has no quantisation 'Q8_0'", "give acme/tiny-GGUF:NAME with one of Q4_K_M"),
+    ),
+    "gated": (MODEL, ("--kt-gguf", "acme/gated"), ("'acme/gated' is gated: accept its terms", "HF_TOKEN")),
+    "hub file that does not fit": (
+        "@/config_hidden_1024",
+        ("--kt-gguf", "acme/tiny-GGUF"),
+        ("snapshots", "Q4_K_M.gguf' has deepseek2.embedding_length = 512", "config.json has 1024"),
+    ),
+    "no such model on the hub": (
+        "acme/nobody",
+        WEIGHTS,
+        ("'acme/nobody' is neither a path here nor", "check the name"),
+    ),
+    "model on the hub without config.json": (
+        "acme/tiny-GGUF",
+        WEIGHTS,
+        ("'acme/tiny-GGUF' has no config.json", "give one that has"),
+    ),
     "no model folder": ("@/nowhere", WEIGHTS, ("nowhere' does not exist", "config.json", "give the folder")),
     "no config.json": ("@/empty", WEIGHTS, ("empty' has no config.json", "give the folder")),
     "model is a file": (str(GGUF), WEIGHTS, ("Q4_K_M.gguf' is a file", "give the folder")),
@@ -150,14 +177,19 @@ def ended(made_files: Path) -> dict[str, dict[str, Any]]:
         {"name": name, "arguments": _command(made_files, *case), "isa_error": ISA_ERRORS.get(name)}
         for name, case in cases.items()
     ]
-    process = subprocess.run(
-        [sys.executable, str(HELPER)],
-        input=json.dumps(wanted),
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    (made_files / "repository").mkdir()
+    (made_files / "repository" / GGUF.name).symlink_to(GGUF)
+    with hub_server.serving({name: made_files / "repository" for name in ("acme/tiny-GGUF", "acme/gated")}) as hub:
+        hub.gated.add("acme/gated")
+        process = subprocess.run(
+            [sys.executable, str(HELPER)],
+            input=json.dumps(wanted),
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+            env={**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(made_files / "home")},
+        )
     lines = [line for line in process.stdout.splitlines() if line.startswith("ENDED ")]
     assert process.returncode == 0 and len(lines) == len(cases), process.stdout[-3000:] + process.stderr[-3000:]
     return {result["name"]: result for result in (json.loads(line.removeprefix("ENDED ")) for line in lines)}

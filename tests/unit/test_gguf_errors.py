@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from gguf.constants import GGUFValueType as T
 
+from kt_vllm.checkpoint import CheckpointPlan, iter_dense
 from kt_vllm.errors import GGUFError
 from kt_vllm.gguf import GGUFModel
 from kt_vllm.gguf.header import _read_header, _Reader
@@ -39,6 +40,23 @@ def check(text: str, *parts: str) -> None:
         assert part in text, text
 
 
+def nested_bomb(depth: int) -> bytes:
+    """Arrays of arrays of empty ones: over a million of them, all there."""
+    inner = struct.pack("<IQ", T.UINT8, 0) * 128
+    for _ in range(depth - 1):
+        inner = struct.pack("<IQ", T.ARRAY, 128) + inner
+        inner *= 128
+    return files.key("a", T.ARRAY, struct.pack("<IQ", T.ARRAY, 128) + inner)
+
+
+def strings_bomb() -> bytes:
+    return files.key("a", T.ARRAY, struct.pack("<IQ", T.STRING, 3_000_000) + bytes(24_000_000))
+
+
+def half_bomb(name: str) -> bytes:
+    return files.key(name, T.ARRAY, struct.pack("<IQ", T.STRING, 700_000) + bytes(8 * 700_000))
+
+
 @pytest.mark.parametrize(
     ("data", "parts"),
     [
@@ -54,9 +72,29 @@ def check(text: str, *parts: str) -> None:
         (files.raw(version=1), ["GGUF version 1", "2 and 3"]),
         (files.raw(version=9), ["GGUF version 9", "2 and 3"]),
         (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), ["big-endian", "little-endian", "gguf-convert-endian"]),
-        (files.raw(num_tensors=1 << 60), ["1,152,921,504,606,846,976 tensors", "1,048,576"]),
+        (files.raw(num_tensors=1 << 60), ["1,152,921,504,606,846,976 tensors", "131,072"]),
         (files.raw(num_keys=1 << 63), ["9,223,372,036,854,775,808 keys"]),
-        (files.raw(num_keys=50_000), ["damaged"]),
+        (files.raw(num_keys=4_000), ["damaged"]),
+        (files.raw(num_keys=4_097), ["damaged", "4,097 keys", "4,096"]),
+        (files.raw(num_tensors=131_073), ["damaged", "131,073 tensors"]),
+        (files.raw(entries=[files.entry("t", [4])], num_tensors=2, data=bytes(16)), ["damaged"]),
+        (files.raw(num_keys=0, entries=[files.entry("t", [4])], data=bytes(16)), ["tensor 'general.architecture'"]),
+        (files.raw([files.key("a", T.STRING, files.string(bytes(17 << 20)))]), ["'a' has 17,825,792 bytes"]),
+        (files.raw([files.key("n" * (17 << 20), T.UINT8, b"\1")]), ["name of key 0 has 17,825,792 bytes"]),
+        (files.raw([nested_bomb(3)]), ["damaged", "value of key 'a'", "strings and arrays in arrays to 1,"]),
+        (files.raw([strings_bomb()]), ["damaged", "value of key 'a'", "to 3,000,000, and no more than 1,048,576"]),
+        (files.raw([half_bomb("a"), half_bomb("b")]), ["damaged", "value of key 'b'", "to 1,400,000"]),
+        (files.raw([files.key("a", T.ARRAY, struct.pack("<IQ", 13, 1))]), ["damaged", "'a' has type 13"]),
+        (files.raw([files.key("a", 4_000_000_000, b"")]), ["damaged", "type 4000000000"]),
+        (files.raw([files.key("general.architecture", T.UINT32, bytes(4))]), ["no key general.architecture"]),
+        (
+            files.raw([files.key("general.architecture", T.ARRAY, struct.pack("<IQ", T.STRING, 0))]),
+            ["no key general.architecture"],
+        ),
+        (files.raw([files.key("general.alignment", T.STRING, files.string("32"))]), ["alignment"]),
+        (files.raw([files.key("general.alignment", T.UINT32, struct.pack("<I", 1 << 31))]), ["is 2147483648"]),
+        (files.raw([files.key("general.alignment", T.BOOL, b"\1")]), ["alignment"]),
+        (files.raw([files.key("general.alignment", T.ARRAY, struct.pack("<IQI", T.UINT32, 1, 32))]), ["alignment"]),
         (files.raw([], num_keys=1), ["truncated", "key ''"]),
         (files.raw([struct.pack("<Q", 1 << 62)]), ["damaged", "key 0", "128 MiB"]),
         (files.raw([files.key("a", T.STRING, struct.pack("<Q", (1 << 64) - 8))]), ["damaged", "'a'"]),
@@ -84,6 +122,14 @@ def check(text: str, *parts: str) -> None:
         (files.raw(entries=[files.entry("t", [])]), ["'t'", "0 dimensions", "1 to 4"]),
         (files.raw(entries=[files.entry("t", [1] * 9)]), ["'t'", "9 dimensions"]),
         (files.raw(entries=[files.entry("t", [0, 4])]), ["'t'", "impossible shape [4, 0]"]),
+        (
+            files.raw(entries=[files.string("t") + struct.pack("<I", 0xFFFFFFFF) + bytes(32)]),
+            ["damaged", "entry of tensor 't'", "128 MiB"],
+        ),
+        (files.raw(entries=[files.entry("t", [(1 << 64) - 1])]), ["'t'", "impossible shape"]),
+        (files.raw(entries=[files.entry("t", [1 << 63, 2])]), ["'t'", "impossible shape"]),
+        (files.raw(entries=[files.entry("t" * (17 << 20), [4])]), ["name of tensor 0 has 17,825,792 bytes"]),
+        (files.raw(entries=[files.entry("t", [256], 31)]), ["'t'", "type number 31", "another quantisation"]),
         (files.raw(entries=[files.entry("t", [1 << 32, 1 << 32])]), ["'t'", "impossible shape"]),
         (files.raw(entries=[files.entry("t", [1 << 33] * 4)]), ["'t'", "impossible shape"]),
         (files.raw(entries=[files.entry("t", [32], 4)]), ["'t'", "type number 4", "upgrade"]),
@@ -100,14 +146,19 @@ def check(text: str, *parts: str) -> None:
         (files.raw(entries=[files.entry("t", [8], 0, 1 << 40)], data=bytes(64)), ["damaged", "'t'", "end at byte"]),
         (files.raw(entries=[files.entry("t", [8], 0, (1 << 64) - 32)], data=bytes(64)), ["damaged", "'t'"]),
         (files.raw(entries=[files.entry("t", [1 << 40])], data=bytes(64)), ["truncated", "'t'"]),
+        (files.raw(entries=[files.entry("t", [(1 << 62) - 1])], data=bytes(64)), ["truncated", "'t'"]),
+        (
+            files.raw(entries=[files.entry(f"t{i}", [1 << 60], 0, i << 62) for i in range(4)], data=bytes(64)),
+            ["truncated", "'t0'"],
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_bad_bytes(tmp_path: Path, data: bytes, parts: list[str]) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.perf_counter()
+    start = time.process_time()
     check(of_bytes(tmp_path, data), "bad.gguf" if parts[0] != "'t'" else "'t'", *parts)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10  # KiB
 
 
@@ -263,15 +314,57 @@ def test_any_byte_changed(tmp_path: Path, change: Callable[[random.Random, int],
     assert refused > 150
 
 
+def mutated(rng: random.Random, data: bytes, header_size: int) -> bytes:
+    """A few wrong numbers, a piece lost, or a piece twice, in the header."""
+    damaged = bytearray(data)
+    for _ in range(rng.choice((1, 1, 3))):
+        at, size = rng.randrange(header_size), rng.choice((1, 4, 8))
+        kind = rng.randrange(4)
+        if kind == 0:
+            del damaged[at : at + size]
+        elif kind == 1:
+            damaged[at:at] = damaged[at : at + rng.randrange(1, 60)]
+        elif kind == 2:
+            damaged[at : at + size] = rng.choice((0, 1, 1 << 7, (1 << 8 * size - 1) - 1)).to_bytes(size, "little")
+        else:
+            damaged[at : at + size] = (b"\xff" * 8)[:size]
+    return bytes(damaged)
+
+
+def test_a_damaged_model_is_loaded_or_refused(tmp_path: Path) -> None:
+    """All that reads a file, up to the tensors' values: it works, or GGUFError says why not."""
+    path = files.write(tmp_path / "m.gguf", files.random_tensors(), type_of=lambda n: "F32" if "norm" in n else "F16")
+    data = path.read_bytes()
+    header_size = min(t.offset for t in GGUFModel.open(str(path)).tensors.values())
+    seed = random.randrange(1 << 30)
+    rng = random.Random(seed)
+    refused, start = 0, time.process_time()
+    for i in range(400):
+        path.write_bytes(mutated(rng, data, header_size))
+        os.utime(path, ns=(i, i))  # parsed anew
+        try:
+            plan = CheckpointPlan.build(GGUFModel.open(str(path)), files.hf_config())
+            assert sum(values.numel() for _, values in iter_dense(plan)) < 1e6
+        except GGUFError as e:
+            assert "\n" not in str(e) and len(str(e)) < 800, seed
+            refused += 1
+        except Exception as e:
+            raise AssertionError(f"seed {seed}, mutation {i}") from e
+    assert 100 < refused < 400, seed
+    assert time.process_time() - start < 60, seed
+
+
 def test_a_giant_of_zeros_does_not_hang(tmp_path: Path) -> None:
     """Counts that the file is long enough for: names of no length, tensors of no size."""
     for data in (
-        files.raw(num_tensors=1 << 20),
+        files.raw(num_tensors=1 << 17),
         files.raw([files.key("a", T.ARRAY, struct.pack("<IQ", T.STRING, 1 << 34))]),
+        files.raw([files.key("a", T.ARRAY, struct.pack("<IQ", T.STRING, 1 << 22))]),
+        files.raw([files.key("a", T.ARRAY, struct.pack("<IQ", T.ARRAY, 1 << 23))]),
     ):
         path = tmp_path / "zeros.gguf"
         path.write_bytes(data)
         os.truncate(path, 1 << 40)
-        start = time.perf_counter()
+        start = time.process_time()
         check(refusal(path), "damaged")
-        assert time.perf_counter() - start < 2
+        assert time.process_time() - start < 2

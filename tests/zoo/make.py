@@ -23,8 +23,8 @@ TEXT = Path(__file__).parents[2] / "LICENSE"
 GGUF_NAME, TOKENS, EXPECTED = "model.gguf", "tokens.npy", "expected.npy"
 NUM_SEQUENCES, LENGTH = 4, 160  # the first half of the sequences random, the second text
 
-# The part of a tensor's name -> type; the first that fits. What llama-quantize makes of the names is in ..._M; unsloth's
-# dynamic files change types from layer to layer.
+# The part of a tensor's name -> type; the first that fits. Much as llama-quantize's mixes of these names, and as the
+# dynamic files that change types from layer to layer.
 MIXES: dict[str, dict[str, str]] = {
     "BF16": {"": "BF16"},
     "Q8_0": {"": "Q8_0"},
@@ -62,11 +62,11 @@ def _size(name: str, config: Config) -> float:
     if "ffn_gate_inp" in name:
         return 2.0
     if name == "output.weight":
-        return 1.5
+        return 1.3
     if "attn_q.weight" in name or "attn_q_b" in name or "attn_k.weight" in name:
         return 1.2
     if "ffn_down_exps" in name:
-        return 0.6 / config.get("routed_scaling_factor", 1.0)
+        return 0.6 * min(1, config["num_experts_per_tok"] / 4) / config.get("routed_scaling_factor", 1.0)
     return 1.0
 
 
@@ -107,7 +107,7 @@ def fill(model: nn.Module, spec: Model, mix: str, rng: np.random.Generator, writ
             writer.add_tensor(name, values)
         else:
             fan_in = 1 if name == "token_embd.weight" else view.shape[1 if "attn_k_b" in name else -1]
-            shape = written_shape(name, view, spec.architecture)
+            shape = written_shape(view, spec.architecture)
             data = draw(type, view.numel(), rng, _size(name, spec.config) * fan_in**-0.5)
             data = data.view(np.float32).reshape(shape) if type == "F32" else data.reshape(*shape[:-1], -1)
             if type == "F32":
@@ -124,10 +124,10 @@ def _vector(name: str, size: int, rng: np.random.Generator) -> np.ndarray:
     """Norms around 1, biases around 0."""
     values = rng.standard_normal(size).astype(np.float32)
     if "exp_probs_b" in name:
-        return 0.1 * values
+        return 0.2 * values
     if name.endswith(".bias"):
-        return 0.5 * values
-    return 1 + 0.2 * values
+        return 2 * values if "attn_k" in name else values  # the same for all keys, of which only the rotation differs
+    return 1 + 0.3 * values
 
 
 def hf_model(folder: Path) -> nn.Module:

@@ -1,25 +1,24 @@
 """Models of the zoo through vLLM against the exact float32 log-probabilities; prints a line of JSON for each.
 
-    python -m tests.zoo.score --models mixtral,glm-4.5 --mixes Q4_K_M,Q8_0 --modes eager,compiled
+    python -m tests.zoo.score mixtral:Q4_K_M:eager glm-4.5:Q8_0:compiled
 
 One engine after the other in one process (vLLM's in-process engine): most of the time to start one is importing vLLM.
 """
 
 import argparse
 import gc
-import itertools
 import json
 import os
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tests.zoo.make import EXPECTED, GGUF_NAME, NUM_SEQUENCES, TOKENS, make
-from tests.zoo.models import MODELS
 
 MODES: dict[str, dict[str, Any]] = {"eager": {"enforce_eager": True}, "compiled": {}}
 
@@ -79,9 +78,7 @@ def score(folder: Path, llm_arguments: dict[str, Any], kt: dict[str, Any]) -> di
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--models", default=",".join(MODELS))
-    parser.add_argument("--mixes", default="Q4_K_M")
-    parser.add_argument("--modes", default="eager")
+    parser.add_argument("cases", nargs="+", metavar="MODEL:MIX:MODE")
     parser.add_argument("--kt", default="{}", help="more of additional_config['kt'], as JSON")
     parser.add_argument("--seed", type=int)
     args = parser.parse_args()
@@ -89,15 +86,20 @@ def main() -> None:
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     seed = int.from_bytes(os.urandom(4), "little") if args.seed is None else args.seed
     with tempfile.TemporaryDirectory() as folder:
-        for name, mix in itertools.product(args.models.split(","), args.mixes.split(",")):
+        for case in args.cases:
+            name, mix, mode = case.split(":")
             path = Path(folder) / f"{name}-{mix}"
-            make(path, name, mix, seed)
-            for mode in args.modes.split(","):
-                start = time.monotonic()
-                result: dict[str, Any] = {"model": name, "mix": mix, "mode": mode, "seed": seed}
+            if not path.exists():
+                make(path, name, mix, seed)
+            start = time.monotonic()
+            result: dict[str, Any] = {"case": case, "seed": seed}
+            try:
                 result |= score(path, MODES[mode], json.loads(args.kt))
-                result["seconds"] = round(time.monotonic() - start, 1)
-                print("ZOO " + json.dumps(result), flush=True)
+            except Exception as error:  # the other models are still worth their time
+                traceback.print_exc()
+                result["error"] = repr(error)
+            result["seconds"] = round(time.monotonic() - start, 1)
+            print("ZOO " + json.dumps(result), flush=True)
     sys.stdout.flush()
     os._exit(0)  # not through the interpreter's end, where vLLM's threads may still free tensors
 

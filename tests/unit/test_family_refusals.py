@@ -21,10 +21,7 @@ def refused(path: Path, config: dict[str, object]) -> str:
 
 
 def dense(path: Path, architecture: str) -> Path:
-    tensors = {
-        "token_embd.weight": np.zeros((64, 64), np.float32),
-        "blk.0.ffn_up.weight": np.zeros((64, 64), np.float32),
-    }
+    tensors = {name: np.zeros((64, 64), np.float32) for name in ("token_embd.weight", "blk.0.ffn_up.weight")}
     return files.write(path / "dense.gguf", tensors, {"block_count": 1}, architecture=architecture)
 
 
@@ -37,10 +34,9 @@ def test_a_dense_llama_is_no_mixtral(tmp_path: Path, model_type: str) -> None:
 
 def test_another_architecture_with_experts(tmp_path: Path) -> None:
     path = files.write(tmp_path / "m.gguf", {}, {"expert_count": 8}, architecture="dbrx")
-    assert refused(path, {"model_type": "dbrx"}) == (
-        "the GGUF file has architecture 'dbrx', which is not supported: use one of deepseek2, glm4moe, llama, qwen2moe, "
-        "qwen3moe"
-    )
+    message = refused(path, {"model_type": "dbrx"})
+    assert "architecture 'dbrx', which is not supported" in message
+    assert message.endswith("use one of deepseek2, glm4moe, llama, qwen2moe, qwen3moe")
 
 
 def test_a_mixtral_beside_the_folder_of_a_llama(tmp_path: Path) -> None:
@@ -65,11 +61,8 @@ def test_a_mixtral_beside_the_folder_of_a_llama(tmp_path: Path) -> None:
 )
 def test_numbers_that_differ(tmp_path: Path, name: str, key: str, value: float, expected: str) -> None:
     model = MODELS[name]
-    metadata = {"expert_count": 8, key: value}
-    if name != "mixtral":
-        del metadata["expert_count"]
     tensors = {"blk.0.ffn_up_exps.weight": np.zeros((1, 32, 32), np.float32)}
-    path = files.write(tmp_path / "m.gguf", tensors, metadata | {key: value}, architecture=model.architecture)
+    path = files.write(tmp_path / "m.gguf", tensors, {key: value}, architecture=model.architecture)
     assert expected in refused(path, model.config)
 
 

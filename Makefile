@@ -7,7 +7,7 @@ BIN = .venv/bin
 # Make's own jobs would only fight over the cores with those of cmake and pip.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help venv build demo test pytest sanitize tsan fuzz lint format clean
+.PHONY: help venv build demo test pytest zoo sanitize tsan fuzz lint format clean
 
 help:  ## this list
 	@awk -F ':.*##  *' '/^[a-z]+:.*##/ {printf "make %-9s %s\n", $$1, $$2}' Makefile
@@ -49,6 +49,9 @@ demo: venv  ## serves the tiny model, asks it two things, stops it
 
 pytest: venv  ## the Python tests alone; choose with ARGS="-m 'not e2e' -k name"
 	@$(BIN)/python -m pytest $(ARGS)
+
+zoo: venv  ## every model family with every mix of types, eager and compiled, through vLLM (half an hour)
+	@$(BIN)/python -m pytest -m full $(ARGS)
 
 test: build sanitize pytest  ## everything this machine can run; ends with pytest's count
 

@@ -16,6 +16,7 @@ from kt_vllm.config import KTConfig
 from kt_vllm.errors import ConfigError, GGUFError
 from kt_vllm.executor import CPUExpertExecutor
 from kt_vllm.gguf.reader import GGUFModel
+from kt_vllm.hf_config import config_fields
 from kt_vllm.layer import KTMoEMethod, KTRoutedExperts
 from kt_vllm.log import init_logger
 
@@ -45,7 +46,7 @@ class KTModelLoader(BaseModelLoader):
         isa, _ = _native.choose_isa(config.isa)
         plan = CheckpointPlan.build(
             GGUFModel.open(config.gguf),
-            model_config.hf_text_config.to_dict(),
+            config_fields(model_config.hf_text_config),
             supported_types=_native.supported_types(isa),
         )
         # Weights may be loaded again into a running model (sleep and wake): its experts are still there.

@@ -16,7 +16,7 @@ from kt_vllm.config import CONFIG_KEY, KTConfig
 from kt_vllm.cpus import allowed_cpus, choose_cpus, nodes_of
 from kt_vllm.errors import ConfigError, GGUFError, ResourceError
 from kt_vllm.gguf.reader import GGUFModel
-from kt_vllm.hf_config import CONFIG_FORMAT
+from kt_vllm.hf_config import CONFIG_FORMAT, config_fields
 from kt_vllm.loader import LOAD_FORMAT
 from kt_vllm.log import init_logger
 from kt_vllm.memory import available_host_memory, check_memory, executor_workspace_bytes
@@ -134,7 +134,7 @@ def check(engine_args: "EngineArgs", config: KTConfig, model_config: "ModelConfi
     config = dataclasses.replace(config, gguf=gguf)
     engine_args.additional_config = {**engine_args.additional_config, CONFIG_KEY: config.to_dict()}
     plan = CheckpointPlan.build(
-        GGUFModel.open(config.gguf), hf_config.to_dict(), supported_types=_native.supported_types(isa)
+        GGUFModel.open(config.gguf), config_fields(hf_config), supported_types=_native.supported_types(isa)
     )
     _log_ignored(plan)
     activation = getattr(hf_config, "hidden_act", "silu")

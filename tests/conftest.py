@@ -27,7 +27,10 @@ def _missing() -> dict[str, str]:
     return missing
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "full" not in config.getoption("-m"):
+        config.hook.pytest_deselected(items=[item for item in items if "full" in item.keywords])
+        items[:] = [item for item in items if "full" not in item.keywords]
     missing = _missing()
     for item in items:
         for marker, reason in missing.items():

@@ -4,7 +4,6 @@ check_model_folder() runs when the command line has become engine arguments, pre
 configuration, check() after.
 """
 
-import dataclasses
 import os
 from typing import TYPE_CHECKING
 
@@ -13,13 +12,14 @@ from vllm.platforms import current_platform
 from kt_vllm import _native, compat
 from kt_vllm.checkpoint import CheckpointPlan
 from kt_vllm.config import CONFIG_KEY, KTConfig
-from kt_vllm.cpus import allowed_cpus, choose_cpus, nodes_of
-from kt_vllm.errors import ConfigError, GGUFError, ResourceError
+from kt_vllm.errors import ConfigError, GGUFError
+from kt_vllm.expert_spans import host_experts
 from kt_vllm.gguf.reader import GGUFModel
 from kt_vllm.hf_config import CONFIG_FORMAT
 from kt_vllm.loader import LOAD_FORMAT
 from kt_vllm.log import init_logger
 from kt_vllm.memory import available_host_memory, check_memory, executor_workspace_bytes
+from kt_vllm.placement import Placement
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
@@ -63,8 +63,6 @@ def prepare(engine_args: "EngineArgs") -> KTConfig | None:
     config = KTConfig.from_dict(values)
     _refuse_unsupported(engine_args)
     GGUFModel.open(config.gguf)
-    config = _resolve(config)
-    engine_args.additional_config = {**engine_args.additional_config, CONFIG_KEY: config.to_dict()}
     engine_args.load_format = LOAD_FORMAT
     engine_args.config_format = CONFIG_FORMAT
     if current_platform.is_cpu() and compat.disable_cpu_rotary_op(engine_args.compilation_config):
@@ -72,20 +70,6 @@ def prepare(engine_args: "EngineArgs") -> KTConfig | None:
             "kt_vllm: using vLLM's torch rotary embedding; its CPU op is wrong for interleaved RoPE in eager mode."
         )
     return config
-
-
-def _resolve(config: KTConfig) -> KTConfig:
-    """With CPU and NUMA node of every executor thread; raises for an instruction set or a node that is not there."""
-    try:
-        _native.choose_isa(config.isa)
-    except _native.NativeError as error:
-        raise ResourceError(f"--kt-isa is {config.isa!r}: {error}") from None
-    if config.cpus:
-        return config if config.nodes else dataclasses.replace(config, nodes=nodes_of(config.cpus, numa=config.numa))
-    choice = choose_cpus(config.cpu_infer, allowed_cpus(), numa=config.numa)
-    if choice.warning:
-        logger.warning("kt_vllm: %s", choice.warning)
-    return dataclasses.replace(config, cpus=choice.cpus, nodes=choice.nodes)
 
 
 def _refuse_unsupported(engine_args: "EngineArgs") -> None:
@@ -120,13 +104,21 @@ def _refuse_unsupported(engine_args: "EngineArgs") -> None:
 
 
 def check(engine_args: "EngineArgs", config: KTConfig, model_config: "ModelConfig") -> None:
-    """Raises KTError when the GGUF does not fit config.json, the executor, or the memory of the host."""
+    """Settles what runs where, and hands it to engine_args for the workers.
+
+    Raises KTError when the GGUF does not fit config.json, the rules, the executor, or the memory of the host.
+    """
     hf_config = model_config.hf_text_config
+    plan = CheckpointPlan.build(GGUFModel.open(config.gguf), hf_config.to_dict())
+    placement = Placement.resolve(config, plan, hf_config.num_experts_per_tok)
+    config = placement.settle_executor(warn=lambda warning: logger.warning("kt_vllm: %s", warning))
+    engine_args.additional_config = {**engine_args.additional_config, CONFIG_KEY: config.to_dict()}
     isa, _ = _native.choose_isa(config.isa)
     plan = CheckpointPlan.build(
         GGUFModel.open(config.gguf), hf_config.to_dict(), supported_types=_native.supported_types(isa)
     )
     _log_ignored(plan)
+    _refuse_placement(engine_args, placement, str(model_config.dtype).removeprefix("torch."))
     activation = getattr(hf_config, "hidden_act", "silu")
     if activation != "silu":
         raise ConfigError(
@@ -134,18 +126,33 @@ def check(engine_args: "EngineArgs", config: KTConfig, model_config: "ModelConfi
             f"Serve this model without --kt-gguf."
         )
     needed = {
-        "routed experts": plan.expert_bytes,
+        "routed experts": placement.host_bytes,
+        "routed experts on the device": placement.device_expert_bytes(model_config.dtype.itemsize),
         "dense weights": plan.dense_bytes_at(model_config.dtype.itemsize),
         "executor workspace": _workspace_bytes(engine_args, config, plan, hf_config.num_experts_per_tok),
     }
     check_memory(needed, available_host_memory())
 
 
+def _refuse_placement(engine_args: "EngineArgs", placement: Placement, dtype: str) -> None:
+    """Raises ConfigError for what the rules ask for and this release does not serve; logs what is not as by default."""
+    for sentence in placement.refusals(dtype):
+        raise ConfigError(sentence)
+    on_device = [d for d in placement.decisions if d.device_experts]
+    if on_device and engine_args.enable_expert_parallel:
+        raise ConfigError(
+            f"{on_device[0].by['place']}: experts on the gpu do not work with --enable-expert-parallel, which spreads "
+            "them over the ranks by itself; leave one of the two out."
+        )
+    for line in placement.report():
+        logger.info("kt_vllm: %s", line)
+
+
 def _workspace_bytes(engine_args: "EngineArgs", config: KTConfig, plan: CheckpointPlan, top_k: int) -> int:
     """What the executors take for their calls, one a pipeline stage. Raises GGUFError for layers they refuse."""
     try:
         nbytes = executor_workspace_bytes(
-            plan.experts.values(),
+            [x for i, layer in plan.experts.items() if (x := host_experts(layer, config.placement(i))) is not None],
             isa=config.isa,
             cpus=config.cpus,
             # vLLM settles its own default later; the executor cuts what is longer than this.

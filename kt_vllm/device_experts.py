@@ -97,6 +97,7 @@ class DeviceExperts:
             activation=layer.activation,
             global_num_experts=num_experts,
             expert_map=expert_map,
+            apply_router_weight_on_input=layer.apply_router_weight_on_input,
         )
 
     @staticmethod

@@ -212,7 +212,7 @@ def main(arguments: Sequence[str]) -> None:
         if args.json:
             sys.stdout.write(json.dumps(report, indent=1) + "\n")
         else:
-            wide = None if sys.stdout.isatty() else 200  # a pipe has no width, and rich would take 80
+            wide = None if sys.stdout.isatty() else 500  # a pipe has no width, and rich would cut lines at 80
             print_table(Console(width=wide), report, args.all)
     except KTError as error:
         sys.stderr.write(f"{_PROGRAM}: {error}\n")

@@ -1,6 +1,9 @@
 """Placement rules: a YAML file as frozen values, each with the line it came from. rules/README.md shows the schema."""
 
 import difflib
+import itertools
+import math
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -17,6 +20,9 @@ MAX_FILE_BYTES = 1 << 20
 # For matching all module names against one expression. Thousands of names take milliseconds; what takes longer goes
 # through exponentially many ways.
 MATCH_SECONDS = 2.0
+# Product of the counts in an expression, which compiles to as many copies: (a{1000}){1000} would fill the memory.
+MAX_REPEATS = 10_000
+_COUNT = re.compile(r"(?<=[{,])\d+(?=[},])")
 
 EXPERTS_PLACES = ("cpu", "gpu")
 GPU_QUANTS = ("auto", "bf16", "fp8", "int4")
@@ -26,7 +32,13 @@ DENSE_KEYS = ("gpu_quant",)
 EXECUTOR_KEYS = ("isa", "threads", "numa")
 _SELECTORS = ("match", "layers")
 _RULE_KEYS = (*_SELECTORS, *EXPERTS_KEYS, *DENSE_KEYS)
-_FILE_KEYS = ("architecture", "rules")
+_FILE_KEYS = ("rules", "architecture")
+
+
+def quoted(text: str) -> str:
+    """For a sentence: short, and on one line. Not repr(), which doubles the backslashes of an expression."""
+    short = text if len(text) <= 60 else text[:57] + "..."
+    return f"'{short}'" if short.isprintable() else repr(short)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +70,7 @@ class Rule:
     def selector(self) -> str:
         """The keys that say what it matches, as a user wrote them."""
         layers = ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in self.layers or ())
-        parts = [f"match {self.match.pattern[:60]!r}"] if self.match else []
+        parts = [f"match {quoted(self.match.pattern)}"] if self.match else []
         return " and ".join(parts + [f"layers {layers}"] * (self.layers is not None))
 
     def is_about(self, keys: tuple[str, ...]) -> bool:
@@ -77,10 +89,10 @@ class Rule:
         if self.match is None:
             return True
         try:
-            return self.match.search(name, timeout=max(0.01, deadline - time.monotonic())) is not None
+            return self.match.search(name, timeout=max(1e-4, deadline - time.monotonic())) is not None
         except TimeoutError:
             raise ConfigError(
-                f"{self.where('match')}: match {self.match.pattern[:60]!r} takes more than {MATCH_SECONDS:g} s on "
+                f"{self.where('match')}: match {quoted(self.match.pattern)} takes more than {MATCH_SECONDS:g} s on "
                 f"{name!r}; write it without a repetition inside a repetition."
             ) from None
 
@@ -185,7 +197,7 @@ class _FileReader:
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
                 hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}."
-                raise self.error(key_node, f"{what} has an unknown key {key[:60]!r}; {hint}")
+                raise self.error(key_node, f"{what} has an unknown key {quoted(key)}; {hint}")
             if key in pairs:
                 raise self.error(key_node, f"{what} has {key!r} twice; give it once.")
             pairs[key] = value
@@ -193,8 +205,8 @@ class _FileReader:
 
     def shown(self, node: yaml.Node) -> str:
         if isinstance(node, yaml.ScalarNode):
-            return repr(node.value[:60]) if node.value else "empty"
-        return "a list" if isinstance(node, yaml.SequenceNode) else "a mapping"
+            return quoted(node.value) if node.value else "empty"
+        return f"a{'' if node.value else 'n empty'} {'list' if isinstance(node, yaml.SequenceNode) else 'mapping'}"
 
     def text(self, node: yaml.Node, key: str) -> str:
         if not isinstance(node, yaml.ScalarNode) or not node.value:
@@ -218,15 +230,17 @@ class _FileReader:
         try:
             check_numa(value)
         except ConfigError:
-            raise self.error(node, f"{key} is {value[:60]!r}; give auto, off, or a list of nodes: 0,2-3.") from None
+            raise self.error(node, f"{key} is {quoted(value)}; give auto, off, or a list of nodes: 0,2-3.") from None
         return value
 
     def pattern(self, node: yaml.Node, key: str) -> "regex.Pattern[str]":
         text = self.text(node, key)
+        if math.prod(max(int(n), 1) for n in _COUNT.findall(text)) > MAX_REPEATS:
+            raise self.error(node, f"{key} is {quoted(text)}, which repeats too much for a name; write it shorter.")
         try:
             return regex.compile(text)
         except (regex.error, OverflowError, RecursionError) as error:
-            raise self.error(node, f"{key} is {text[:60]!r}, which is no regular expression ({error}).") from None
+            raise self.error(node, f"{key} is {quoted(text)}, which is no regular expression ({error}).") from None
 
     def layers(self, node: yaml.Node, key: str) -> tuple[tuple[int, int], ...]:
         items = node.value if isinstance(node, yaml.SequenceNode) else [node]
@@ -251,7 +265,7 @@ class _FileReader:
         ids = [self.number(item, key, 0) for item in node.value]
         if not ids:
             raise self.error(node, f"{key} is an empty list; give expert ids, or how many.")
-        twice = [i for i in ids if ids.count(i) > 1] if len(ids) <= 4096 else []
-        if twice:
-            raise self.error(node, f"{key} has expert {twice[0]} twice; give it once.")
-        return tuple(sorted(set(ids)))
+        for low, high in itertools.pairwise(sorted(ids)):
+            if low == high:
+                raise self.error(node, f"{key} has expert {low} twice; give it once.")
+        return tuple(sorted(ids))

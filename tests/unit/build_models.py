@@ -19,6 +19,7 @@ from vllm.utils.network_utils import get_open_port
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from kt_vllm.checkpoint import ExpertSource, LayerExperts
+from kt_vllm.compat import set_router_top_k
 from kt_vllm.executor import CPUExpertExecutor
 from tests.moe_case import MoECase, load
 from tests.tolerances import max_layer_error
@@ -114,6 +115,29 @@ def check_output(vllm_config: VllmConfig, runners: list[MoERunner], folder: str)
     executor.close()
 
 
+def check_fewer_experts(architecture: str) -> None:
+    """A router told to choose fewer experts must do as the router of a model that was built with fewer."""
+    ours = {"kt": {"gguf": "/unused.gguf", "cpus": [0]}}
+    _, told = build(architecture, ours)
+    config = FAMILIES[architecture]
+    config.num_experts_per_tok, before = 1, config.num_experts_per_tok
+    try:
+        _, built = build(architecture, ours)
+    finally:
+        config.num_experts_per_tok = before
+    x, logits = torch.randn(NUM_TOKENS, 256, dtype=torch.bfloat16), torch.randn(NUM_TOKENS, 8)
+    for one, other in zip(told, built, strict=True):
+        if one.routed_experts.e_score_correction_bias is not None:
+            one.routed_experts.e_score_correction_bias.data.copy_(other.routed_experts.e_score_correction_bias.data)
+        results = [runner.router.select_experts(hidden_states=x, router_logits=logits) for runner in (one, other)]
+        assert results[0][1].shape == (NUM_TOKENS, TOP_K)
+        set_router_top_k(one, 1)
+        results[0] = one.router.select_experts(hidden_states=x, router_logits=logits)
+        for mine, expected in zip(*results, strict=True):
+            assert torch.equal(mine, expected), architecture
+    assert vars(told[0].moe_config)["experts_per_token"] == vars(built[0].moe_config)["experts_per_token"] == 1
+
+
 def main() -> None:
     load_general_plugins()
     with set_current_vllm_config(VllmConfig()):
@@ -132,6 +156,7 @@ def main() -> None:
                 with tempfile.TemporaryDirectory() as folder:
                     check_output(vllm_config, runners, folder)
             print("OK", architecture, "ours" if ours else "stock", len(runners))
+        check_fewer_experts(architecture)
 
 
 if __name__ == "__main__":

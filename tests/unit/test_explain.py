@@ -149,7 +149,7 @@ def test_refused_in_one_sentence(
 def test_the_wheel_has_the_rules(tmp_path: Path) -> None:
     """What `pip install .` puts beside the modules; an editable install reads the checkout's."""
     pytest.importorskip("setuptools")
-    command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path)]
+    command = [sys.executable, "setup.py", "-q", "egg_info", "-e", str(tmp_path), "build_py", "-d", str(tmp_path)]
     subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     built = sorted(path.name for path in (tmp_path / "kt_vllm" / "shipped_rules").iterdir())
     assert built == sorted(path.name for path in (ROOT / "rules").glob("*.yaml")) and "deepseek2.yaml" in built

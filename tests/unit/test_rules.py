@@ -127,3 +127,10 @@ def test_a_rule_matches_by_name_and_by_layer() -> None:
     modules = [("lm_head", None), ("model.layers.2.mlp.experts", 2), ("model.layers.2.mlp.gate", 2), ("experts", 4)]
     assert first.select(modules) == [False, True, False, False]
     assert second.select([("lm_head", None), ("a", 0), ("b", 1)]) == [False, True, False]
+
+
+@pytest.mark.parametrize("file", ["rules/README.md", "README.md"])
+def test_the_documented_examples_are_rules(file: str) -> None:
+    text = (Path(__file__).resolve().parents[2] / file).read_text()
+    blocks = [block.partition("```")[0] for block in text.split("```yaml\n")[1:]]
+    assert blocks and all(parse_rules(block.encode(), file).rules for block in blocks)

@@ -1,9 +1,10 @@
 """`kt-vllm explain`: on the shipped model, on DeepSeek-R1's headers, and its refusals."""
 
+import importlib.util
 import json
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +60,11 @@ def test_deepseek_r1_in_five_seconds(r1: tuple[Path, Path], tmp_path: Path) -> N
         "rules:\n  - layers: 3-4\n    experts: gpu\n  - layers: 5\n    gpu_experts: 16\n"
         "  - match: experts$\n    num_experts_per_tok: 6\n"
     )
-    began = time.monotonic()
+    began = resource.getrusage(resource.RUSAGE_CHILDREN)
     out = run(r1[0], "--kt-gguf", r1[1], "--kt-rules", rules).stdout
-    seconds = time.monotonic() - began
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # Not the clock's: other tests may have the cores.
+    seconds = ended.ru_utime + ended.ru_stime - began.ru_utime - began.ru_stime
     assert seconds < MAX_SECONDS, seconds
     rows = {line.split()[0]: line.split() for line in out.splitlines() if line.strip().startswith("model.")}
     expert = 3 * 7168 * 2048  # weights
@@ -148,7 +151,8 @@ def test_refused_in_one_sentence(
 
 def test_the_wheel_has_the_rules(tmp_path: Path) -> None:
     """What `pip install .` puts beside the modules; an editable install reads the checkout's."""
-    pytest.importorskip("setuptools")
+    if importlib.util.find_spec("setuptools") is None:
+        pytest.skip("setuptools is not installed")
     command = [sys.executable, "setup.py", "-q", "egg_info", "-e", str(tmp_path), "build_py", "-d", str(tmp_path)]
     subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     built = sorted(path.name for path in (tmp_path / "kt_vllm" / "shipped_rules").iterdir())

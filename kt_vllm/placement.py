@@ -13,6 +13,7 @@ from kt_vllm.checkpoint import CheckpointPlan
 from kt_vllm.config import DEFAULT_ISA, DEFAULT_NUMA, KTConfig, LayerPlacement
 from kt_vllm.cpus import allowed_cpus, choose_cpus, nodes_of
 from kt_vllm.errors import ConfigError, ResourceError
+from kt_vllm.families import ModelFamily
 from kt_vllm.numa import format_list
 from kt_vllm.rules import DENSE_KEYS, EXPERTS_KEYS, Rule, RulesFile, read_rules
 
@@ -186,6 +187,12 @@ def load_rules(path: str | None, architecture: str) -> RulesFile | None:
     return rules
 
 
+def experts_name(family: ModelFamily) -> str:
+    """Of a layer's routed experts in vLLM's model, without layer_prefix: "mlp.experts"."""
+    (router,) = {name.hf for name in family.layer_names if name.gguf == _ROUTER}
+    return router.rsplit(".", 2)[0] + ".experts"
+
+
 def list_modules(plan: CheckpointPlan) -> list[Module]:
     """Every module with weights: those outside the layers, then layer by layer, routed experts after dense modules."""
     prefix = re.escape(plan.family.layer_prefix).replace(re.escape("{layer}"), r"(\d+)")
@@ -199,12 +206,11 @@ def list_modules(plan: CheckpointPlan) -> list[Module]:
             num_weights=seen.num_weights + tensor.num_weights,
             num_float32=seen.num_float32 + tensor.num_weights * tensor.keep_float32,
         )
-    (router,) = {name.hf.rpartition(".")[0] for name in plan.family.layer_names if name.gguf == _ROUTER}
-    stem = router.rpartition(".")[0]
+    stem = experts_name(plan.family)
     experts = []
     for layer, tensors in plan.experts.items():
         num_experts, rows, cols = tensors.gate.shape
-        name = f"{plan.family.layer_prefix.format(layer=layer)}{stem}.experts"
+        name = plan.family.layer_prefix.format(layer=layer) + stem
         weights = 3 * num_experts * rows * cols
         experts.append(Module(name, layer, weights, 0, tensors.nbytes // num_experts, num_experts))
     return sorted([*dense.values(), *experts], key=lambda m: -1 if m.layer is None else m.layer)

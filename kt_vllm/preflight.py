@@ -144,6 +144,12 @@ def _refuse_placement(engine_args: "EngineArgs", placement: Placement, dtype: st
             f"{on_device[0].by['place']}: experts on the gpu do not work with --enable-expert-parallel, which spreads "
             "them over the ranks by itself; leave one of the two out."
         )
+    split = [d for d in on_device if d.num_host_experts]
+    if split and engine_args.quantization:
+        raise ConfigError(
+            f"{split[0].by['place']}: single experts on the gpu do not work with --quantization "
+            f"{engine_args.quantization}; put all or none of a layer's experts there, or leave --quantization out."
+        )
     for line in placement.report():
         logger.info("kt_vllm: %s", line)
 

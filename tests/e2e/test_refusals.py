@@ -111,6 +111,11 @@ REFUSED: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
         (*WEIGHTS, "--kt-rules", "@/gpu.yaml", "--enable-expert-parallel"),
         ("gpu.yaml:3: experts on the gpu do not work with --enable-expert-parallel", "leave one of the two out"),
     ),
+    "split and quantised": (
+        MODEL,
+        (*WEIGHTS, "--kt-rules", "@/split.yaml", "--quantization", "fp8_per_tensor"),
+        ("split.yaml:3: single experts on the gpu do not work with --quantization fp8_per_tensor", "leave"),
+    ),
     "too many experts": (
         MODEL,
         (*WEIGHTS, "--kt-num-experts-per-tok", "5"),
@@ -145,6 +150,7 @@ def made_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "bad.yaml").write_text("rules:\n  - match: 'experts$'\n    expert: gpu\n")
     (folder / "fp8.yaml").write_text("rules:\n  - match: o_proj\n    gpu_quant: fp8\n")
     (folder / "gpu.yaml").write_text("rules:\n  - layers: 1\n    experts: gpu\n")
+    (folder / "split.yaml").write_text("rules:\n  - layers: 1\n    gpu_experts: 2\n")
     shape = files.TINY_SHAPE
     bytes_of_one = 3 * (shape.layers - shape.first_dense) * shape.experts * shape.hidden * 144 // 256
     intermediate = 256 * (2 * available_host_memory() // bytes_of_one // 256 + 1)

@@ -14,8 +14,8 @@ from kt_vllm.errors import KTError
 from kt_vllm.expert_spans import host_experts, read_expert, select_experts
 from kt_vllm.families import FAMILIES
 from kt_vllm.gguf.reader import GGUFModel
-from kt_vllm.placement import Placement, list_modules, load_rules
-from kt_vllm.rules import read_rules
+from kt_vllm.placement import Placement, experts_name, list_modules, load_rules
+from kt_vllm.rules import EXPERTS_KEYS, read_rules
 from tests import gguf_files as files
 
 SHIPPED = Path(__file__).resolve().parents[2] / "rules"
@@ -70,8 +70,16 @@ def test_shipped_rules_are_for_the_architecture_they_are_named_after(file: Path)
     assert all(any(rule.select(names)) for rule in rules.rules)
 
 
-def test_every_architecture_has_shipped_rules() -> None:
-    assert {file.stem for file in SHIPPED.glob("*.yaml")} >= set(FAMILIES)
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_every_family_has_shipped_rules_that_match_it(architecture: str) -> None:
+    rules = load_rules(None, architecture)
+    assert rules is not None and rules.name == f"rules/{architecture}.yaml"
+    family = FAMILIES[architecture]
+    prefix = family.layer_prefix.format(layer=3)
+    dense = [(prefix + name.hf, 3) for name in family.layer_names]
+    experts = [(prefix + experts_name(family), 3)]
+    for rule in rules.rules:
+        assert any(rule.select(experts if rule.is_about(EXPERTS_KEYS) else dense)), rule.line
 
 
 def test_without_rules_for_the_architecture_all_is_by_default(

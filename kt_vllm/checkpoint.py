@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import isclose, prod
 from typing import TYPE_CHECKING
 
 from kt_vllm.errors import GGUFError
@@ -27,6 +27,7 @@ class DenseTensor:
     sources: tuple[GGUFTensor, ...]
     transform: str
     keep_float32: bool
+    arguments: tuple[int, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -116,9 +117,19 @@ def iter_dense(
     for dense in plan.dense:
         if wanted is None or wanted(dense.hf_name):
             to = None if dense.keep_float32 else dtype
-            yield dense.hf_name, TRANSFORMS[dense.transform](*(read_dense(s, to) for s in dense.sources))
+            yield (
+                dense.hf_name,
+                TRANSFORMS[dense.transform](*(read_dense(s, to) for s in dense.sources), *dense.arguments),
+            )
         if on_bytes is not None:
             on_bytes(dense.nbytes)
+
+
+def _equal(in_gguf: object, in_config: object) -> bool:
+    """A float of a GGUF is one of 32 bits, so what config.json has was rounded."""
+    if isinstance(in_gguf, float) and isinstance(in_config, (int, float)):
+        return isclose(in_gguf, in_config, rel_tol=1e-6)
+    return in_gguf == in_config
 
 
 class _Builder:
@@ -149,13 +160,18 @@ class _Builder:
             seen = self.model.get(check.gguf)
             if seen is None:
                 continue
-            sums = []
+            spelled = dict(check.values)
+            if isinstance(seen, int):
+                seen = spelled.get(seen, seen)
+            sums: list[object] = []
             for names in check.hf:
                 values = [self.config.get(name) for name in names]
                 numbers = [v for v in values if isinstance(v, (int, float))]
-                if len(numbers) == len(values):
+                if spelled:
+                    sums += [v for v in values if v is not None]
+                elif len(numbers) == len(values):
                     sums.append(sum(numbers))
-            if seen in sums or (not sums and not check.required):
+            if any(_equal(seen, value) for value in sums) or (not sums and not check.required):
                 continue
             has = " or ".join(f"{v}" for v in dict.fromkeys(sums)) or "none"
             raise GGUFError(
@@ -265,7 +281,8 @@ class _Builder:
                 reason = f"{made[rule.hf].sources[0].name} already gives {prefix + rule.hf}"
             else:
                 self.check_dense(rule, sources)
-                made[rule.hf] = DenseTensor(prefix + rule.hf, sources, rule.transform, rule.keep_float32)
+                arguments = tuple(self.field(name) for name in rule.arguments)
+                made[rule.hf] = DenseTensor(prefix + rule.hf, sources, rule.transform, rule.keep_float32, arguments)
                 reason = None
             for stem in rule.gguf:
                 tensor = unused.pop(stem, None)

@@ -17,6 +17,19 @@ logger = init_logger(__name__)
 CONFIG_FORMAT = "kt_gguf"
 
 
+def config_fields(config: PretrainedConfig) -> dict[str, Any]:
+    """The fields of config.json under every name they go by.
+
+    transformers writes a field under one name and reads it under others (Qwen3-MoE's num_experts comes back as
+    num_local_experts), and which one is which changes with its releases.
+    """
+    fields = config.to_dict()
+    for other, name in config.attribute_map.items():
+        if name in fields:
+            fields.setdefault(other, fields[name])
+    return fields
+
+
 class KTConfigParser(HFConfigParser):
     """HFConfigParser, then `quantization_config` dropped from both the dict and the config object."""
 

@@ -20,6 +20,7 @@ from kt_vllm.errors import ConfigError, GGUFError
 from kt_vllm.executor import CPUExpertExecutor
 from kt_vllm.expert_spans import host_experts
 from kt_vllm.gguf.reader import GGUFModel
+from kt_vllm.hf_config import config_fields
 from kt_vllm.layer import KTMoEMethod, KTRoutedExperts
 from kt_vllm.log import init_logger
 
@@ -49,7 +50,7 @@ class KTModelLoader(BaseModelLoader):
         isa, _ = _native.choose_isa(config.isa)
         plan = CheckpointPlan.build(
             GGUFModel.open(config.gguf),
-            model_config.hf_text_config.to_dict(),
+            config_fields(model_config.hf_text_config),
             supported_types=_native.supported_types(isa),
         )
         _set_top_k(model, config)

@@ -15,7 +15,7 @@ from kt_vllm.config import CONFIG_KEY, KTConfig
 from kt_vllm.errors import ConfigError, GGUFError
 from kt_vllm.expert_spans import host_experts
 from kt_vllm.gguf.reader import GGUFModel
-from kt_vllm.hf_config import CONFIG_FORMAT
+from kt_vllm.hf_config import CONFIG_FORMAT, config_fields
 from kt_vllm.loader import LOAD_FORMAT
 from kt_vllm.log import init_logger
 from kt_vllm.memory import available_host_memory, check_memory, executor_workspace_bytes
@@ -115,7 +115,7 @@ def check(engine_args: "EngineArgs", config: KTConfig, model_config: "ModelConfi
     engine_args.additional_config = {**engine_args.additional_config, CONFIG_KEY: config.to_dict()}
     isa, _ = _native.choose_isa(config.isa)
     plan = CheckpointPlan.build(
-        GGUFModel.open(config.gguf), hf_config.to_dict(), supported_types=_native.supported_types(isa)
+        GGUFModel.open(config.gguf), config_fields(hf_config), supported_types=_native.supported_types(isa)
     )
     _log_ignored(plan)
     _refuse_placement(engine_args, placement, str(model_config.dtype).removeprefix("torch."))

@@ -76,6 +76,7 @@ def hf_config(shape: Shape = Shape(), **changes: Any) -> dict[str, object]:
         "qk_rope_head_dim": shape.rope,
         "v_head_dim": shape.v,
         "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
         "tie_word_embeddings": False,
     } | changes
     return {k: v for k, v in config.items() if v is not None or k == "q_lora_rank"}

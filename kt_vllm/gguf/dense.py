@@ -79,4 +79,22 @@ def _mla_kv_b(k_b: "torch.Tensor", v_b: "torch.Tensor") -> "torch.Tensor":
     return torch.cat([k_b.transpose(1, 2), v_b], dim=1).reshape(-1, k_b.shape[1])
 
 
-TRANSFORMS: Mapping[str, Callable[..., "torch.Tensor"]] = {"copy": _copy, "mla_kv_b": _mla_kv_b}
+def _row(values: "torch.Tensor") -> "torch.Tensor":
+    """[n] or [1, n] -> [1, n]."""
+    return values.reshape(1, -1)
+
+
+def _llama_rope_rows(values: "torch.Tensor", num_heads: int) -> "torch.Tensor":
+    """[num_heads * head_dim, ...] with the two halves of each head's rows interleaved -> one half after the other.
+
+    llama.cpp's `llama` rotates neighbouring pairs; Hugging Face's model rotates row i with row i + head_dim / 2.
+    """
+    return values.unflatten(0, (num_heads, -1, 2)).transpose(1, 2).reshape(values.shape)
+
+
+TRANSFORMS: Mapping[str, Callable[..., "torch.Tensor"]] = {
+    "copy": _copy,
+    "mla_kv_b": _mla_kv_b,
+    "row": _row,
+    "llama_rope_rows": _llama_rope_rows,
+}

@@ -28,6 +28,8 @@ from kt_vllm.placement import Decision, Placement
 JSON_VERSION = 1
 _PROGRAM = "kt-vllm explain"
 _ITEM_SIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
+# transformers writes one of these and reads any, each model class its own way; vLLM has it do that, at 3 s for the import.
+_NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -71,7 +73,9 @@ def read_config(model: str) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ConfigError(f"{str(file)!r} is no model's config.json; give the folder of the model of the GGUF.")
     inner = config.get("text_config")
-    return inner if isinstance(inner, dict) else config
+    config = inner if isinstance(inner, dict) else config
+    known = next((config[name] for name in _NUM_EXPERTS if name in config), None)
+    return config | {name: config.get(name, known) for name in _NUM_EXPERTS if known is not None}
 
 
 def _download_config(model: str) -> Path:

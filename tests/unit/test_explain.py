@@ -106,6 +106,15 @@ def test_the_shipped_model_needs_no_vllm(tiny_model: Path, tiny_gguf: Path) -> N
     assert report["refused"] == []
 
 
+@pytest.mark.parametrize("name", ["num_local_experts", "num_experts"])
+def test_the_number_of_experts_under_another_name(name: str, tiny_model: Path, tiny_gguf: Path, tmp_path: Path) -> None:
+    """As newer releases of transformers save it."""
+    config = json.loads((tiny_model / "config.json").read_text())
+    config[name] = config.pop("n_routed_experts")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert explain_json(tmp_path, "--kt-gguf", tiny_gguf)["cpu_bytes"] > 0
+
+
 def test_what_the_engine_would_refuse_is_shown(tiny_model: Path, tiny_gguf: Path, tmp_path: Path) -> None:
     rules = tmp_path / "r.yaml"
     rules.write_text("rules:\n  - match: o_proj\n    gpu_quant: fp8\n")

@@ -109,7 +109,7 @@ def check(engine_args: "EngineArgs", config: KTConfig, model_config: "ModelConfi
     Raises KTError when the GGUF does not fit config.json, the rules, the executor, or the memory of the host.
     """
     hf_config = model_config.hf_text_config
-    plan = CheckpointPlan.build(GGUFModel.open(config.gguf), hf_config.to_dict())
+    plan = CheckpointPlan.build(GGUFModel.open(config.gguf), config_fields(hf_config))
     placement = Placement.resolve(config, plan, hf_config.num_experts_per_tok)
     config = placement.settle_executor(warn=lambda warning: logger.warning("kt_vllm: %s", warning))
     engine_args.additional_config = {**engine_args.additional_config, CONFIG_KEY: config.to_dict()}

@@ -28,7 +28,7 @@ from kt_vllm.placement import Decision, Placement
 JSON_VERSION = 1
 _PROGRAM = "kt-vllm explain"
 _ITEM_SIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
-# transformers writes one of these and reads any, each model class its own way; vLLM has it do that, at 3 s for the import.
+# transformers writes one of these and reads any, each model class its own way; importing it takes 3 s.
 _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 

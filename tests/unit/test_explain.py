@@ -36,7 +36,7 @@ R1 = files.Shape(
 
 def run(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "kt_vllm.cli", "explain", *map(str, arguments)]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=ROOT)
+    process = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, cwd=ROOT)
     assert process.returncode == code, process.stderr
     return process
 

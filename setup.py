@@ -1,4 +1,4 @@
-"""Builds kt_vllm._native with CMake; all metadata is in pyproject.toml."""
+"""Builds kt_vllm._native with CMake and takes rules/ along; all metadata is in pyproject.toml."""
 
 import os
 import shutil
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 
@@ -48,4 +49,21 @@ class CMakeBuild(build_ext):
         subprocess.run([cmake, "--build", str(build), "--target", "_native", f"-j{jobs}"], check=True)
 
 
-setup(ext_modules=[CMakeExtension("kt_vllm._native")], cmdclass={"build_ext": CMakeBuild})
+class BuildWithRules(build_py):
+    """rules/*.yaml become kt_vllm/shipped_rules/, but for an editable install, which finds them in the checkout."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return
+        target = Path(self.build_lib) / "kt_vllm" / "shipped_rules"
+        shutil.rmtree(target, ignore_errors=True)  # what an earlier build left
+        target.mkdir(parents=True)
+        for file in sorted((ROOT / "rules").glob("*.yaml")):
+            shutil.copy(file, target)
+
+
+setup(
+    ext_modules=[CMakeExtension("kt_vllm._native")],
+    cmdclass={"build_ext": CMakeBuild, "build_py": BuildWithRules},
+)

@@ -14,8 +14,13 @@ The files in the order a request meets them:
     gguf/       files to tensors: headers, shards, dequantisation
     families/   tensor names of each model family, as data
     checkpoint  which tensor goes where, complete in both directions
+    rules       a YAML file of what runs where, with its lines
+    placement   which rule decides which module
+    explain     `kt-vllm explain`: the table of it
     loader      dense tensors to vLLM, experts to the executor
     layer       RoutedExperts: submit, shared experts, wait
+    device_experts  routed experts on vLLM's own device
+    expert_spans    single experts of a layer in the files
     executor    tensors to addresses
     _native     the C++ core (csrc/)
     bench/      `kt-vllm bench layer`

@@ -12,6 +12,7 @@ from kt_vllm.errors import KTError
 
 if TYPE_CHECKING:
     import torch
+    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
     from vllm.model_executor.layers.fused_moe.runner.shared_experts import SharedExperts
 
 # Every hook was compared in the sources of 0.32 and 0.33 and run on 0.32.
@@ -143,6 +144,17 @@ def set_shared_experts_output(shared_experts: "SharedExperts", output: "torch.Te
     not seen by the graph: the output has to come back as a value. Can go when SharedExperts takes an output.
     """
     shared_experts._output[shared_experts._output_idx] = output
+
+
+def set_router_top_k(runner: "MoERunner", top_k: int) -> None:
+    """The number of experts for each token of one layer, before its kernels are built and its code is traced.
+
+    Why: vLLM has one number for all layers, in config.json, which must agree with the GGUF. Can go when a layer's
+    number can be given.
+    """
+    runner.router.top_k = top_k
+    runner.moe_config.experts_per_token = top_k
+    runner.routed_experts.top_k = top_k
 
 
 def name_vllm_distribution() -> None:

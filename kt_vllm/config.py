@@ -11,6 +11,10 @@ from kt_vllm.numa import check_numa
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+# Settings that a rule may give as well: these, and no other value, mean that the command line said nothing.
+DEFAULT_ISA = "auto"
+DEFAULT_NUMA = "auto"
+
 # The key of vLLM's additional_config under which the values travel (as JSON).
 CONFIG_KEY = "kt"
 
@@ -26,6 +30,23 @@ def _whole_number(text: str) -> int | str:
         return int(text)
     except ValueError:
         return text
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerPlacement:
+    """Where the routed experts of one layer are computed, and how many of them for each token.
+
+    device_experts: ids, ascending, of the experts on vLLM's device; None: all of them, () : none, the executor has all.
+    top_k: experts for each token; None: as many as the model says.
+    """
+
+    layer: int
+    device_experts: tuple[int, ...] | None = ()
+    top_k: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.device_experts is not None:
+            object.__setattr__(self, "device_experts", tuple(self.device_experts))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,30 +65,56 @@ class KTConfig:
         metavar="N",
     )
     isa: str = _flag(
-        "Instruction set of the expert kernels: auto takes the best this CPU can run.", default="auto", metavar="ISA"
+        "Instruction set of the expert kernels: auto takes the best this CPU can run.",
+        default=DEFAULT_ISA,
+        metavar="ISA",
     )
     numa: str = _flag(
         "NUMA nodes of the executor: auto takes all it may use, off sees the machine as one, or a list such as 0,2-3.",
-        default="auto",
+        default=DEFAULT_NUMA,
         metavar="auto|off|LIST",
+    )
+    rules: str | None = _flag(
+        "What runs where: a file as in rules/README.md. Default: the one shipped for the model's architecture.",
+        default=None,
+        metavar="FILE",
+    )
+    num_experts_per_tok: int | None = _flag(
+        "Fewer routed experts for each token than the model was trained with: faster, and less exact.",
+        default=None,
+        type=_whole_number,
+        metavar="N",
     )
     # The logical CPU of each executor thread, and the NUMA node of each (-1: none). Chosen in the process the user
     # started: vLLM pins its workers.
     cpus: tuple[int, ...] = ()
     nodes: tuple[int, ...] = ()
+    # What the rules say of the layers that are not as by default.
+    layers: tuple[LayerPlacement, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.gguf, str) or not self.gguf:
             raise ConfigError(
                 f"--kt-gguf is {self.gguf!r}; give the path of a GGUF file or folder, or org/repo:Q4_K_M."
             )
-        if self.cpu_infer is not None and (isinstance(self.cpu_infer, bool) or not isinstance(self.cpu_infer, int)):
-            raise ConfigError(f"--kt-cpu-infer is {self.cpu_infer!r}; give a whole number of threads, 1 or more.")
-        if self.cpu_infer is not None and self.cpu_infer < 1:
-            raise ConfigError(f"--kt-cpu-infer is {self.cpu_infer}; give 1 or more threads, or leave it out.")
+        for flag, number, what in (
+            ("--kt-cpu-infer", self.cpu_infer, "threads"),
+            ("--kt-num-experts-per-tok", self.num_experts_per_tok, "experts"),
+        ):
+            if number is not None and (isinstance(number, bool) or not isinstance(number, int)):
+                raise ConfigError(f"{flag} is {number!r}; give a whole number of {what}, 1 or more.")
+            if number is not None and number < 1:
+                raise ConfigError(f"{flag} is {number}; give 1 or more {what}, or leave it out.")
         if not isinstance(self.isa, str):
             raise ConfigError(f"--kt-isa is {self.isa!r}; give auto or the name of an instruction set.")
         check_numa(self.numa)
+        if self.rules is not None and (not isinstance(self.rules, str) or not self.rules):
+            raise ConfigError(f"--kt-rules is {self.rules!r}; give the path of a rules file, or leave it out.")
+        try:
+            layers = tuple(x if isinstance(x, LayerPlacement) else LayerPlacement(**x) for x in self.layers)
+        except TypeError:
+            raise ConfigError(f"layers is {self.layers!r}; it is made from --kt-rules FILE: give that.") from None
+        object.__setattr__(self, "layers", layers)
         object.__setattr__(self, "cpus", tuple(self.cpus))
         object.__setattr__(self, "nodes", tuple(self.nodes))
         if self.nodes and len(self.nodes) != len(self.cpus):
@@ -100,7 +147,15 @@ class KTConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable: vLLM hashes additional_config."""
-        return {**dataclasses.asdict(self), "cpus": list(self.cpus), "nodes": list(self.nodes)}
+        layers = [
+            {**vars(layer), "device_experts": None if layer.device_experts is None else list(layer.device_experts)}
+            for layer in self.layers
+        ]
+        return {**dataclasses.asdict(self), "cpus": list(self.cpus), "nodes": list(self.nodes), "layers": layers}
+
+    def placement(self, layer: int) -> LayerPlacement:
+        """Of the layer with this index."""
+        return next((x for x in self.layers if x.layer == layer), LayerPlacement(layer))
 
 
 def flag_fields() -> list[dataclasses.Field]:

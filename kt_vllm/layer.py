@@ -2,9 +2,11 @@
 
 vLLM builds its RoutedExperts through PluggableLayer, so one replacement class serves every model. Routing (top-k,
 groups, correction bias, renormalisation) has been done by vLLM's router before us; scaling and the tensor-parallel
-all-reduce are done by vLLM's MoERunner after us.
+all-reduce are done by vLLM's MoERunner after us. A layer whose experts the rules put on the device is vLLM's own; where
+they put some of them there, both compute and the results are added.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,11 +23,13 @@ from vllm.model_executor.layers.fused_moe.config import (
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.fused_moe.runner.shared_experts import SharedExperts, SharedExpertsOrder
+from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import LayerNameType, _encode_layer_name, _resolve_layer_name, direct_register_custom_op
 
 from kt_vllm.compat import set_shared_experts_output
 from kt_vllm.config import KTConfig
+from kt_vllm.device_experts import DeviceExperts
 from kt_vllm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -36,30 +40,38 @@ if TYPE_CHECKING:
 
 
 class KTRoutedExperts(RoutedExperts):
-    """vLLM's RoutedExperts with our method, when the user gave a GGUF; exactly vLLM's own otherwise."""
+    """vLLM's RoutedExperts with our method, when the user gave a GGUF; vLLM's own otherwise and on the device."""
 
     def _get_quant_method(
         self, prefix: str, quant_config: "QuantizationConfig | None", moe_config: FusedMoEConfig
     ) -> FusedMoEMethodBase:
-        if KTConfig.from_vllm_config(get_current_vllm_config()) is None:
+        config = KTConfig.from_vllm_config(get_current_vllm_config())
+        on_device = None if config is None else config.placement(extract_layer_index(prefix)).device_experts
+        if on_device is None:
             return super()._get_quant_method(prefix, quant_config, moe_config)
-        return KTMoEMethod(prefix, moe_config)
+        if not on_device:
+            return KTMoEMethod(prefix, moe_config)
+        local = DeviceExperts.local_config(moe_config, on_device)
+        stock = super()._get_quant_method(prefix, quant_config, local)
+        return KTMoEMethod(prefix, moe_config, DeviceExperts(prefix, stock, on_device, moe_config.num_experts))
 
 
 class KTMoEMethod(FusedMoEMethodBase):
-    """Routed experts in host memory.
+    """Routed experts in host memory, and where the rules say so some on the device.
 
     The loader attaches the weights as `handle`. Tensor-parallel rank 0 computes all of it; the others contribute zeros
-    to the all-reduce and keep no experts.
+    to the all-reduce and keep no experts. Those on the device are cut over the ranks, as vLLM does.
     """
 
-    def __init__(self, layer_name: str, moe: FusedMoEConfig) -> None:
+    def __init__(self, layer_name: str, moe: FusedMoEConfig, on_device: DeviceExperts | None = None) -> None:
         super().__init__(moe)
+        self.on_device = on_device
         self.layer_name = layer_name
         self.computes = get_tensor_model_parallel_rank() == 0
         self.handle: LayerHandle | None = None
         self._in_flight = False
         self._pending: torch.Tensor | None = None
+        self._host_ids: torch.Tensor | None = None
         refused = {
             f"activation {moe.activation.value!r}": moe.activation != MoEActivation.SILU,
             "expert biases": moe.has_bias,
@@ -83,12 +95,20 @@ class KTMoEMethod(FusedMoEMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: object,
     ) -> None:
-        """Allocates nothing: the experts live in the executor."""
+        """Allocates nothing but for experts on the device: the others live in the executor."""
         if layer.apply_router_weight_on_input:
             raise ConfigError(
                 f"{self.layer_name} applies router weights to its input, which the executor does not; "
                 f"serve this model without --kt-gguf."
             )
+        if self.on_device is not None:
+            self.on_device.create_weights(
+                layer, hidden_size, intermediate_size_per_partition, params_dtype, **extra_weight_attrs
+            )
+
+    def process_weights_after_loading(self, layer: RoutedExperts) -> None:
+        if self.on_device is not None:
+            self.on_device.process_weights_after_loading(layer)
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> FusedMoEQuantConfig:
         return FUSED_MOE_UNQUANTIZED_CONFIG
@@ -134,7 +154,9 @@ class KTMoEMethod(FusedMoEMethodBase):
         self._in_flight = self.handle is not None and not is_dummy_run
         if self.handle is not None and self._in_flight:
             self._pending = torch.empty_like(x)
-            self.handle.submit(x, topk_weights, topk_ids, self._pending)
+            # Kept until wait(): the executor reads it.
+            self._host_ids = topk_ids if self.on_device is None else self.on_device.host_ids(topk_ids)
+            self.handle.submit(x, topk_weights, self._host_ids, self._pending)
         else:
             self._pending = torch.zeros_like(x)
 
@@ -143,6 +165,7 @@ class KTMoEMethod(FusedMoEMethodBase):
         if self.handle is not None and self._in_flight:
             self._in_flight = False
             self.handle.wait()
+        self._host_ids = None
         output, self._pending = self._pending, None
         assert output is not None, "wait() without submit()"
         return output
@@ -156,12 +179,31 @@ def _runner(layer_name: LayerNameType) -> "MoERunner":
     return get_forward_context().no_compile_layers[_resolve_layer_name(layer_name)]
 
 
+def _run(
+    experts: RoutedExperts,
+    x: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    meanwhile: Callable[[], object] | None = None,
+) -> torch.Tensor:
+    """The routed experts' output; in between, the device does `meanwhile` and the experts that are its own."""
+    method = experts.quant_method
+    method.submit(x, topk_weights, topk_ids)
+    on_device = None
+    try:
+        if meanwhile is not None:
+            meanwhile()
+        if method.on_device is not None:
+            on_device = method.on_device.forward(experts, x, topk_weights, topk_ids)
+    finally:
+        output = method.wait()  # after an exception too: until then the executor reads and writes these tensors
+    return output if on_device is None else output.add_(on_device)
+
+
 def _moe_forward(
     x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, layer_name: LayerNameType
 ) -> torch.Tensor:
-    method = _runner(layer_name).routed_experts.quant_method
-    method.submit(x, topk_weights, topk_ids)
-    return method.wait()
+    return _run(_runner(layer_name).routed_experts, x, topk_weights, topk_ids)
 
 
 def _moe_forward_shared(
@@ -172,12 +214,11 @@ def _moe_forward_shared(
     layer_name: LayerNameType,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     runner = _runner(layer_name)
-    method = runner.routed_experts.quant_method
-    method.submit(x, topk_weights, topk_ids)
-    try:
+
+    def shared_experts() -> None:
         runner.shared_experts(shared_experts_input, SharedExpertsOrder.MK_INTERNAL_OVERLAPPED)
-    finally:
-        output = method.wait()  # after an exception too: until then the executor reads and writes these tensors
+
+    output = _run(runner.routed_experts, x, topk_weights, topk_ids, meanwhile=shared_experts)
     return output, runner.shared_experts.output
 
 

@@ -7,14 +7,18 @@ from tqdm import tqdm
 from vllm.config import ModelConfig, VllmConfig, get_current_vllm_config
 from vllm.config.load import LoadConfig
 from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.models.utils import extract_layer_index, is_pp_missing_parameter
 
 from kt_vllm import _native
 from kt_vllm.checkpoint import CheckpointPlan, iter_dense
+from kt_vllm.compat import set_router_top_k
 from kt_vllm.config import KTConfig
+from kt_vllm.device_experts import load_device_experts
 from kt_vllm.errors import ConfigError, GGUFError
 from kt_vllm.executor import CPUExpertExecutor
+from kt_vllm.expert_spans import host_experts
 from kt_vllm.gguf.reader import GGUFModel
 from kt_vllm.hf_config import config_fields
 from kt_vllm.layer import KTMoEMethod, KTRoutedExperts
@@ -49,11 +53,12 @@ class KTModelLoader(BaseModelLoader):
             config_fields(model_config.hf_text_config),
             supported_types=_native.supported_types(isa),
         )
+        _set_top_k(model, config)
         # Weights may be loaded again into a running model (sleep and wake): its experts are still there.
         methods = [method for method in _moe_methods(model) if method.computes and method.handle is None]
         executor = _make_executor(config, vllm_config, methods, plan)
         try:
-            with self._progress_bar(plan, methods) as bar:
+            with self._progress_bar(plan, model) as bar:
                 if executor is not None:
                     executor.native.start_loading()
                 dense = iter_dense(
@@ -63,6 +68,7 @@ class KTModelLoader(BaseModelLoader):
                     on_bytes=bar.update,
                 )
                 loaded = set(model.load_weights(dense))
+                loaded |= _load_device_experts(model, config, plan, bar)
                 if executor is not None:
                     _finish_experts(executor, bar)
         except BaseException:
@@ -73,10 +79,10 @@ class KTModelLoader(BaseModelLoader):
             logger.info("kt_vllm: %s", executor.native.memory_report)
         _check_complete(model, loaded)
 
-    def _progress_bar(self, plan: CheckpointPlan, methods: list[KTMoEMethod]) -> tqdm:
-        expert_bytes = sum(plan.experts[extract_layer_index(method.layer_name)].nbytes for method in methods)
+    def _progress_bar(self, plan: CheckpointPlan, model: nn.Module) -> tqdm:
+        layers = {extract_layer_index(m.layer_name) for m in model.modules() if isinstance(m, KTRoutedExperts)}
         return tqdm(
-            total=plan.dense_file_bytes + expert_bytes,
+            total=plan.dense_file_bytes + sum(plan.experts[layer].nbytes for layer in layers),
             desc="Loading GGUF",
             unit="B",
             unit_scale=True,
@@ -92,6 +98,27 @@ def _moe_methods(model: nn.Module) -> list[KTMoEMethod]:
     return [method for method in methods if isinstance(method, KTMoEMethod)]
 
 
+def _set_top_k(model: nn.Module, config: KTConfig) -> None:
+    """Fewer experts for each token, where that was asked for: the router chooses and renormalises as ever."""
+    for runner in (module for module in model.modules() if isinstance(module, MoERunner)):
+        top_k = config.placement(extract_layer_index(runner.layer_name)).top_k
+        if top_k is not None:
+            set_router_top_k(runner, top_k)
+
+
+def _load_device_experts(model: nn.Module, config: KTConfig, plan: CheckpointPlan, bar: tqdm) -> set[str]:
+    """Loads what the rules put on the device; returns the names of the parameters."""
+    loaded = set()
+    for name, module in model.named_modules():
+        if isinstance(module, KTRoutedExperts):
+            layer = extract_layer_index(module.layer_name)
+            ids = config.placement(layer).device_experts
+            if ids is None or ids:
+                names = load_device_experts(module, plan.experts[layer], ids, bar.update)
+                loaded |= {f"{name}.{parameter}" for parameter in names}
+    return loaded
+
+
 def _make_executor(
     config: KTConfig, vllm_config: VllmConfig, methods: list[KTMoEMethod], plan: CheckpointPlan
 ) -> CPUExpertExecutor | None:
@@ -105,7 +132,10 @@ def _make_executor(
         max_num_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
     )
     for method in methods:
-        method.handle = executor.add_layer(plan.experts[extract_layer_index(method.layer_name)])
+        layer = extract_layer_index(method.layer_name)
+        experts = host_experts(plan.experts[layer], config.placement(layer))
+        assert experts is not None, "a layer that the device has alone has vLLM's own method"
+        method.handle = executor.add_layer(experts)
     logger.info("kt_vllm: experts of %d layers run here. %s", len(methods), executor.native.isa_reason)
     logger.info("kt_vllm: %s", executor.native.placement_report)
     return executor

@@ -13,13 +13,14 @@ from vllm.platforms import current_platform
 from kt_vllm import _native, compat, hub
 from kt_vllm.checkpoint import CheckpointPlan
 from kt_vllm.config import CONFIG_KEY, KTConfig
-from kt_vllm.cpus import allowed_cpus, choose_cpus, nodes_of
-from kt_vllm.errors import ConfigError, GGUFError, ResourceError
+from kt_vllm.errors import ConfigError, GGUFError
+from kt_vllm.expert_spans import host_experts
 from kt_vllm.gguf.reader import GGUFModel
 from kt_vllm.hf_config import CONFIG_FORMAT, config_fields
 from kt_vllm.loader import LOAD_FORMAT
 from kt_vllm.log import init_logger
 from kt_vllm.memory import available_host_memory, check_memory, executor_workspace_bytes
+from kt_vllm.placement import Placement
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
@@ -66,8 +67,6 @@ def prepare(engine_args: "EngineArgs") -> KTConfig | None:
         hub.find(config.gguf, engine_args.download_dir, engine_args.hf_token)
     else:
         GGUFModel.open(config.gguf)
-    config = _resolve(config)
-    engine_args.additional_config = {**engine_args.additional_config, CONFIG_KEY: config.to_dict()}
     engine_args.load_format = LOAD_FORMAT
     engine_args.config_format = CONFIG_FORMAT
     if current_platform.is_cpu() and compat.disable_cpu_rotary_op(engine_args.compilation_config):
@@ -75,20 +74,6 @@ def prepare(engine_args: "EngineArgs") -> KTConfig | None:
             "kt_vllm: using vLLM's torch rotary embedding; its CPU op is wrong for interleaved RoPE in eager mode."
         )
     return config
-
-
-def _resolve(config: KTConfig) -> KTConfig:
-    """With CPU and NUMA node of every executor thread; raises for an instruction set or a node that is not there."""
-    try:
-        _native.choose_isa(config.isa)
-    except _native.NativeError as error:
-        raise ResourceError(f"--kt-isa is {config.isa!r}: {error}") from None
-    if config.cpus:
-        return config if config.nodes else dataclasses.replace(config, nodes=nodes_of(config.cpus, numa=config.numa))
-    choice = choose_cpus(config.cpu_infer, allowed_cpus(), numa=config.numa)
-    if choice.warning:
-        logger.warning("kt_vllm: %s", choice.warning)
-    return dataclasses.replace(config, cpus=choice.cpus, nodes=choice.nodes)
 
 
 def _refuse_unsupported(engine_args: "EngineArgs") -> None:
@@ -123,20 +108,25 @@ def _refuse_unsupported(engine_args: "EngineArgs") -> None:
 
 
 def check(engine_args: "EngineArgs", config: KTConfig, model_config: "ModelConfig") -> None:
-    """Downloads the GGUF if it is on the hub; engine_args then have its path.
+    """Downloads the GGUF if it is on the hub, settles what runs where, and hands both to engine_args for the workers.
 
-    Raises KTError when it cannot be had or does not fit config.json, the executor, or the memory of the host.
+    Raises KTError when the GGUF cannot be had or does not fit config.json, the rules, the executor, or the memory of
+    the host.
     """
     hf_config = model_config.hf_text_config
-    isa, _ = _native.choose_isa(config.isa)
     # Only now: what is wrong with the model argument shows before hundreds of gigabytes are downloaded.
     gguf = hub.resolve(config.gguf, engine_args.download_dir, engine_args.hf_token)
     config = dataclasses.replace(config, gguf=gguf)
+    plan = CheckpointPlan.build(GGUFModel.open(config.gguf), config_fields(hf_config))
+    placement = Placement.resolve(config, plan, hf_config.num_experts_per_tok)
+    config = placement.settle_executor(warn=lambda warning: logger.warning("kt_vllm: %s", warning))
     engine_args.additional_config = {**engine_args.additional_config, CONFIG_KEY: config.to_dict()}
+    isa, _ = _native.choose_isa(config.isa)
     plan = CheckpointPlan.build(
         GGUFModel.open(config.gguf), config_fields(hf_config), supported_types=_native.supported_types(isa)
     )
     _log_ignored(plan)
+    _refuse_placement(engine_args, placement, str(model_config.dtype).removeprefix("torch."))
     activation = getattr(hf_config, "hidden_act", "silu")
     if activation != "silu":
         raise ConfigError(
@@ -144,18 +134,39 @@ def check(engine_args: "EngineArgs", config: KTConfig, model_config: "ModelConfi
             f"Serve this model without --kt-gguf."
         )
     needed = {
-        "routed experts": plan.expert_bytes,
+        "routed experts": placement.host_bytes,
+        "routed experts on the device": placement.device_expert_bytes(model_config.dtype.itemsize),
         "dense weights": plan.dense_bytes_at(model_config.dtype.itemsize),
         "executor workspace": _workspace_bytes(engine_args, config, plan, hf_config.num_experts_per_tok),
     }
     check_memory(needed, available_host_memory())
 
 
+def _refuse_placement(engine_args: "EngineArgs", placement: Placement, dtype: str) -> None:
+    """Raises ConfigError for what the rules ask for and this release does not serve; logs what is not as by default."""
+    for sentence in placement.refusals(dtype):
+        raise ConfigError(sentence)
+    on_device = [d for d in placement.decisions if d.device_experts]
+    if on_device and engine_args.enable_expert_parallel:
+        raise ConfigError(
+            f"{on_device[0].by['place']}: experts on the gpu do not work with --enable-expert-parallel, which spreads "
+            "them over the ranks by itself; leave one of the two out."
+        )
+    split = [d for d in on_device if d.num_host_experts]
+    if split and engine_args.quantization:
+        raise ConfigError(
+            f"{split[0].by['place']}: single experts on the gpu do not work with --quantization "
+            f"{engine_args.quantization}; put all or none of a layer's experts there, or leave --quantization out."
+        )
+    for line in placement.report():
+        logger.info("kt_vllm: %s", line)
+
+
 def _workspace_bytes(engine_args: "EngineArgs", config: KTConfig, plan: CheckpointPlan, top_k: int) -> int:
     """What the executors take for their calls, one a pipeline stage. Raises GGUFError for layers they refuse."""
     try:
         nbytes = executor_workspace_bytes(
-            plan.experts.values(),
+            [x for i, layer in plan.experts.items() if (x := host_experts(layer, config.placement(i))) is not None],
             isa=config.isa,
             cpus=config.cpus,
             # vLLM settles its own default later; the executor cuts what is longer than this.

@@ -126,6 +126,29 @@ REFUSED: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
         WEIGHTS,
         ("'acme/tiny-GGUF' has no config.json", "give one that has"),
     ),
+    "no rules file": (
+        MODEL,
+        (*WEIGHTS, "--kt-rules", "@/none.yaml"),
+        ("none.yaml cannot be read", "give a file as in"),
+    ),
+    "bad rules": (MODEL, (*WEIGHTS, "--kt-rules", "@/bad.yaml"), ("bad.yaml:3: a rule has an unknown key 'expert'",)),
+    "fp8 dense": (MODEL, (*WEIGHTS, "--kt-rules", "@/fp8.yaml"), ("fp8.yaml:3: gpu_quant fp8 is not in this release",)),
+    "expert parallel": (
+        MODEL,
+        (*WEIGHTS, "--kt-rules", "@/gpu.yaml", "--enable-expert-parallel"),
+        ("gpu.yaml:3: experts on the gpu do not work with --enable-expert-parallel", "leave one of the two out"),
+    ),
+    "split and quantised": (
+        MODEL,
+        (*WEIGHTS, "--kt-rules", "@/split.yaml", "--quantization", "fp8_per_tensor"),
+        ("split.yaml:3: single experts on the gpu do not work with --quantization fp8_per_tensor", "leave"),
+    ),
+    "too many experts": (
+        MODEL,
+        (*WEIGHTS, "--kt-num-experts-per-tok", "5"),
+        ("--kt-num-experts-per-tok is 5", "made for 4 experts a token", "give 1 to 4"),
+    ),
+    "no experts": (MODEL, (*WEIGHTS, "--kt-num-experts-per-tok", "0"), ("--kt-num-experts-per-tok is 0", "give 1 or")),
     "no model folder": ("@/nowhere", WEIGHTS, ("nowhere' does not exist", "config.json", "give the folder")),
     "no config.json": ("@/empty", WEIGHTS, ("empty' has no config.json", "give the folder")),
     "model is a file": (str(GGUF), WEIGHTS, ("Q4_K_M.gguf' is a file", "give the folder")),
@@ -151,6 +174,10 @@ def made_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     files.model_folder(folder / "config_32_experts", n_routed_experts=32)
     files.model_folder(folder / "config_hidden_1024", hidden_size=1024)
     files.write_sparse(folder / "tq2_0.gguf", files.TINY_SHAPE, lambda name: "TQ2_0" if "_exps." in name else "F32")
+    (folder / "bad.yaml").write_text("rules:\n  - match: 'experts$'\n    expert: gpu\n")
+    (folder / "fp8.yaml").write_text("rules:\n  - match: o_proj\n    gpu_quant: fp8\n")
+    (folder / "gpu.yaml").write_text("rules:\n  - layers: 1\n    experts: gpu\n")
+    (folder / "split.yaml").write_text("rules:\n  - layers: 1\n    gpu_experts: 2\n")
     shape = files.TINY_SHAPE
     bytes_of_one = 3 * (shape.layers - shape.first_dense) * shape.experts * shape.hidden * 144 // 256
     intermediate = 256 * (2 * available_host_memory() // bytes_of_one // 256 + 1)

@@ -4,6 +4,7 @@ Run as a program by test_plugin.py: vLLM's distributed state is global to a proc
 """
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,7 +20,12 @@ from vllm.utils.network_utils import get_open_port
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from kt_vllm.checkpoint import ExpertSource, LayerExperts
+from kt_vllm.compat import set_router_top_k
+from kt_vllm.config import LayerPlacement
+from kt_vllm.device_experts import load_device_experts
 from kt_vllm.executor import CPUExpertExecutor
+from kt_vllm.expert_spans import host_experts
+from kt_vllm.layer import KTMoEMethod
 from tests.moe_case import MoECase, load
 from tests.tolerances import max_layer_error
 
@@ -63,8 +69,13 @@ FAMILIES = {
 NUM_TOKENS, TOP_K = 37, 2
 
 
-def build(architecture: str, additional_config: dict) -> tuple[VllmConfig, list[MoERunner]]:
-    """The MoE layers of a freshly built model, and the configuration they belong to."""
+def build(
+    architecture: str, additional_config: dict, load: Callable[[list[MoERunner]], object] = lambda _: None
+) -> tuple[VllmConfig, list[MoERunner]]:
+    """The MoE layers of a freshly built model, and the configuration they belong to.
+
+    load: called with them where vLLM would have loaded the weights.
+    """
     with tempfile.TemporaryDirectory() as folder:
         config = FAMILIES[architecture]
         config.architectures = [architecture]
@@ -75,8 +86,13 @@ def build(architecture: str, additional_config: dict) -> tuple[VllmConfig, list[
             model = initialize_model(vllm_config=vllm_config, model_config=model_config)
             for parameter in model.parameters():
                 parameter.data.normal_(std=0.05)
+            load(moe_layers(model))
             process_weights_after_loading(model, model_config, torch.device("cpu"))
-    return vllm_config, [module for module in model.modules() if isinstance(module, MoERunner)]
+    return vllm_config, moe_layers(model)
+
+
+def moe_layers(model: torch.nn.Module) -> list[MoERunner]:
+    return [module for module in model.modules() if isinstance(module, MoERunner)]
 
 
 def expert_elements(layer: RoutedExperts) -> int:
@@ -86,32 +102,91 @@ def expert_elements(layer: RoutedExperts) -> int:
 
 def check_output(vllm_config: VllmConfig, runners: list[MoERunner], folder: str) -> None:
     """Gives each layer experts and calls it as vLLM does: routed output against float64, shared output as alone."""
-    cases = [
-        MoECase(Path(folder) / f"{index}.bin", ("Q4_K", "Q4_K", "Q6_K"), num_experts=8, seed=index)
-        for index in range(len(runners))
-    ]
+    cases = make_cases(folder, len(runners))
     executor = CPUExpertExecutor(isa="auto", cpus=[0, 0], max_num_tokens=NUM_TOKENS)
     for runner, case in zip(runners, cases, strict=True):
-        sources = [
-            ExpertSource(type, shape, tuple(spans))
-            for type, shape, spans in zip(case.types, case.shapes, case.spans, strict=True)
-        ]
-        runner.routed_experts.quant_method.handle = executor.add_layer(LayerExperts(*sources))
+        runner.routed_experts.quant_method.handle = executor.add_layer(sources(case))
     load(executor.native)
+    compare(vllm_config, runners, cases, executor.native.isa)
+    executor.close()
+
+
+def check_placed(architecture: str, folder: str) -> None:
+    """The last layer with some experts on the device, those before it with all; vLLM's own code for these."""
+    on_device = (0, 3, 4, 7)
+    layers = [{"layer": 0, "device_experts": None}, {"layer": 1, "device_experts": on_device}]
+    executor = CPUExpertExecutor(isa="auto", cpus=[0, 0], max_num_tokens=NUM_TOKENS)
+    cases: list[MoECase] = []
+
+    def load_placed(runners: list[MoERunner]) -> None:
+        cases[:] = make_cases(folder, len(runners))
+        for runner, case in zip(runners, cases, strict=True):
+            last = runner is runners[-1]
+            ids = on_device if last else None
+            names = load_device_experts(runner.routed_experts, sources(case), ids, lambda _: None)
+            assert names == {"w13_weight", "w2_weight"}
+            assert isinstance(runner.routed_experts.quant_method, KTMoEMethod) == last
+            if last:
+                rest = host_experts(sources(case), LayerPlacement(1, on_device))
+                runner.routed_experts.quant_method.handle = executor.add_layer(rest)
+        load(executor.native)
+
+    kt = {"kt": {"gguf": "/unused.gguf", "cpus": [0], "layers": layers}}
+    vllm_config, runners = build(architecture, kt, load_placed)
+    compare(vllm_config, runners, cases, executor.native.isa)
+    executor.close()
+
+
+def make_cases(folder: str, count: int) -> list[MoECase]:
+    types = ("Q4_K", "Q4_K", "Q6_K")
+    return [MoECase(Path(folder) / f"{i}.bin", types, num_experts=8, seed=i) for i in range(count)]
+
+
+def sources(case: MoECase) -> LayerExperts:
+    parts = zip(case.types, case.shapes, case.spans, strict=True)
+    return LayerExperts(*(ExpertSource(type, shape, tuple(spans)) for type, shape, spans in parts))
+
+
+def compare(vllm_config: VllmConfig, runners: list[MoERunner], cases: list[MoECase], isa: str) -> None:
     with torch.inference_mode(), set_forward_context({"any": "metadata"}, vllm_config):
         for runner, case in zip(runners, cases, strict=True):
             hidden_states, topk_ids, topk_weights = case.inputs(NUM_TOKENS, TOP_K)
             x = torch.from_numpy(hidden_states).bfloat16()
             shared = runner.shared_experts
+            ours = isinstance(runner.routed_experts.quant_method, KTMoEMethod)
+            if not ours:  # vLLM's runner calls the shared experts itself then, and its kernels know no id -1
+                shared, topk_ids = None, topk_ids.clip(0)
             output = runner.routed_experts.forward_modular(
                 x, torch.from_numpy(topk_weights), torch.from_numpy(topk_ids), shared, None if shared is None else x
             )
             expected = torch.from_numpy(case.expected(x.float().numpy(), topk_ids, topk_weights))
             error = (output.double() - expected).norm() / expected.norm()
-            assert error < max_layer_error(executor.native.isa, case.types, "bfloat16"), (runner.layer_name, error)
+            assert error < max_layer_error(isa, case.types, "bfloat16"), (runner.layer_name, error)
             if shared is not None:
                 assert torch.equal(shared.output, shared._layer(x)), runner.layer_name
-    executor.close()
+
+
+def check_fewer_experts(architecture: str) -> None:
+    """A router told to choose fewer experts must do as the router of a model that was built with fewer."""
+    ours = {"kt": {"gguf": "/unused.gguf", "cpus": [0]}}
+    _, told = build(architecture, ours)
+    config = FAMILIES[architecture]
+    config.num_experts_per_tok, before = 1, config.num_experts_per_tok
+    try:
+        _, built = build(architecture, ours)
+    finally:
+        config.num_experts_per_tok = before
+    x, logits = torch.randn(NUM_TOKENS, 256, dtype=torch.bfloat16), torch.randn(NUM_TOKENS, 8)
+    for one, other in zip(told, built, strict=True):
+        if one.routed_experts.e_score_correction_bias is not None:
+            one.routed_experts.e_score_correction_bias.data.copy_(other.routed_experts.e_score_correction_bias.data)
+        results = [runner.router.select_experts(hidden_states=x, router_logits=logits) for runner in (one, other)]
+        assert results[0][1].shape == (NUM_TOKENS, TOP_K)
+        set_router_top_k(one, 1)
+        results[0] = one.router.select_experts(hidden_states=x, router_logits=logits)
+        for mine, expected in zip(*results, strict=True):
+            assert torch.equal(mine, expected), architecture
+    assert vars(told[0].moe_config)["experts_per_token"] == vars(built[0].moe_config)["experts_per_token"] == 1
 
 
 def main() -> None:
@@ -119,8 +194,6 @@ def main() -> None:
     with set_current_vllm_config(VllmConfig()):
         init_distributed_environment(1, 0, f"tcp://127.0.0.1:{get_open_port()}", 0, "gloo")
         initialize_model_parallel(1, 1)
-    from kt_vllm.layer import KTMoEMethod
-
     for architecture in FAMILIES:
         for additional_config, ours in (({}, False), ({"kt": {"gguf": "/unused.gguf", "cpus": [0]}}, True)):
             vllm_config, runners = build(architecture, additional_config)
@@ -132,6 +205,9 @@ def main() -> None:
                 with tempfile.TemporaryDirectory() as folder:
                     check_output(vllm_config, runners, folder)
             print("OK", architecture, "ours" if ours else "stock", len(runners))
+        with tempfile.TemporaryDirectory() as folder:
+            check_placed(architecture, folder)
+        check_fewer_experts(architecture)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,14 @@ def test_merge_leaves_its_input_alone() -> None:
 
 
 def test_every_flag_is_a_field_with_help() -> None:
-    assert [field.name for field in flag_fields()] == ["gguf", "cpu_infer", "isa", "numa"]
+    assert [field.name for field in flag_fields()] == [
+        "gguf",
+        "cpu_infer",
+        "isa",
+        "numa",
+        "rules",
+        "num_experts_per_tok",
+    ]
     assert all(field.metadata["help"] for field in flag_fields())
 
 

@@ -53,7 +53,10 @@ pytest: venv  ## the Python tests alone; choose with ARGS="-m 'not e2e' -k name"
 zoo: venv  ## every model family with every mix of types, eager and compiled, through vLLM (half an hour)
 	@$(BIN)/python -m pytest -m full $(ARGS)
 
-test: build sanitize pytest  ## everything this machine can run; ends with pytest's count
+# Two at a time where vLLM runs, as it spends most of its start on one core. The others time things.
+test: build sanitize  ## everything this machine can run
+	@$(BIN)/python -m pytest -m 'not e2e'
+	@$(BIN)/python -m pytest -m e2e --numprocesses 2 --dist loadfile
 
 lint: venv  ## ruff, mypy and clang-format, changing nothing
 	@$(BIN)/ruff check $(PY_FILES)

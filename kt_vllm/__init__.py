@@ -12,7 +12,7 @@ The files in the order a request meets them:
     memory      does it all fit
     hf_config   config.json without the quantisation of weights we do not load
     gguf/       files to tensors: headers, shards, dequantisation
-    families    tensor names of each model family, as data
+    families/   tensor names of each model family, as data
     checkpoint  which tensor goes where, complete in both directions
     loader      dense tensors to vLLM, experts to the executor
     layer       RoutedExperts: submit, shared experts, wait

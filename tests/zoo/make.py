@@ -126,7 +126,9 @@ def _vector(name: str, size: int, rng: np.random.Generator) -> np.ndarray:
     if "exp_probs_b" in name:
         return 0.2 * values
     if name.endswith(".bias"):
-        return 2 * values if "attn_k" in name else values  # the same for all keys, of which only the rotation differs
+        return values
+    if "attn_q_norm" in name or "attn_k_norm" in name:
+        return 1.3 * (1 + 0.3 * values)  # sharper attention, or their order would hardly matter
     return 1 + 0.3 * values
 
 

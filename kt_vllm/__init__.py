@@ -5,6 +5,7 @@ The files in the order a request meets them:
     plugin      register(): the only place that touches vLLM's registries
     args        the --kt-* flags
     config      KTConfig: what the flags mean, validated once
+    hub         --kt-gguf org/repo:NAME
     compat      the only patches of vLLM
     preflight   everything that can be refused is refused here, before the engine starts
     cpus        which logical CPUs the executor's threads are pinned to

@@ -7,7 +7,7 @@ BIN = .venv/bin
 # Make's own jobs would only fight over the cores with those of cmake and pip.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help venv build demo test pytest zoo sanitize tsan fuzz lint format clean
+.PHONY: help venv build demo test pytest full sanitize tsan fuzz lint format clean
 
 help:  ## this list
 	@awk -F ':.*##  *' '/^[a-z]+:.*##/ {printf "make %-9s %s\n", $$1, $$2}' Makefile
@@ -50,13 +50,13 @@ demo: venv  ## serves the tiny model, asks it two things, stops it
 pytest: venv  ## the Python tests alone; choose with ARGS="-m 'not e2e' -k name"
 	@$(BIN)/python -m pytest $(ARGS)
 
-zoo: venv  ## every model family with every mix of types, eager and compiled, through vLLM (half an hour)
+full: venv  ## what make test leaves out: every model family with every mix of types, eager and compiled, through vLLM (an hour)
 	@$(BIN)/python -m pytest -m full $(ARGS)
 
-# Two at a time where vLLM runs, as it spends most of its start on one core. The others time things.
+# Some at a time where vLLM runs, whose start is waiting for the most part. The others time things.
 test: build sanitize  ## everything this machine can run
 	@$(BIN)/python -m pytest -m 'not e2e'
-	@$(BIN)/python -m pytest -m e2e --numprocesses 2 --dist loadfile
+	@$(BIN)/python -m pytest -m e2e --numprocesses 3 --dist loadgroup
 
 lint: venv  ## ruff, mypy and clang-format, changing nothing
 	@$(BIN)/ruff check $(PY_FILES)

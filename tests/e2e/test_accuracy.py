@@ -16,11 +16,11 @@ SCORE = Path(__file__).with_name("score.py")
 
 pytestmark = pytest.mark.e2e
 
+# The longest first, as they run side by side.
 CONFIGURATIONS = {
-    "compiled": {},
     "tensor_parallel_2": {"tensor_parallel_size": 2},
-    "tensor_parallel_2_eager": {"tensor_parallel_size": 2, "enforce_eager": True},
     "pipeline_parallel_2": {"pipeline_parallel_size": 2},
+    "compiled": {},
 }
 
 
@@ -58,6 +58,12 @@ def test_log_probabilities(name: str) -> None:
     assert_exact_enough(result)
 
 
+@pytest.mark.full
+def test_tensor_parallel_eager() -> None:
+    result, _ = score({"tensor_parallel_size": 2, "enforce_eager": True})
+    assert_exact_enough(result)
+
+
 def test_reference_isa_two_threads_and_small_batches() -> None:
     """max_num_seqs 2: the 8 sequences of 256 tokens come in other batches than everywhere else."""
     result, log = score({"enforce_eager": True, "max_num_seqs": 2}, {"isa": "reference", "cpu_infer": 2})
@@ -86,6 +92,7 @@ def test_eager_with_a_quantization_config_in_the_model_folder(tmp_path: Path) ->
     assert "ignoring the fp8 quantization of config.json" in log
 
 
+@pytest.mark.full
 def test_eager_is_wrong_without_our_workaround() -> None:
     """Holds only while vLLM's CPU rotary_embedding is broken; when this fails, remove compat.disable_cpu_rotary_op."""
     result, _ = score({"enforce_eager": True, "compilation_config": {"custom_ops": ["+rotary_embedding"]}})

@@ -16,11 +16,15 @@ SCORE = Path(__file__).with_name("score.py")
 
 pytestmark = pytest.mark.e2e
 
-# The longest first, as they run side by side.
+# The longest first, as they run side by side. Compiling is what takes a minute: the rest of it is in FULL.
 CONFIGURATIONS = {
     "tensor_parallel_2": {"tensor_parallel_size": 2},
-    "pipeline_parallel_2": {"pipeline_parallel_size": 2},
     "compiled": {},
+    "pipeline_parallel_2_eager": {"pipeline_parallel_size": 2, "enforce_eager": True},
+}
+FULL = {
+    "pipeline_parallel_2": {"pipeline_parallel_size": 2},
+    "tensor_parallel_2_eager": {"tensor_parallel_size": 2, "enforce_eager": True},
 }
 
 
@@ -59,8 +63,9 @@ def test_log_probabilities(name: str) -> None:
 
 
 @pytest.mark.full
-def test_tensor_parallel_eager() -> None:
-    result, _ = score({"tensor_parallel_size": 2, "enforce_eager": True})
+@pytest.mark.parametrize("name", FULL)
+def test_log_probabilities_in_other_modes(name: str) -> None:
+    result, _ = score(FULL[name])
     assert_exact_enough(result)
 
 

@@ -30,14 +30,16 @@ def rules(folder: Path, text: str) -> dict[str, str]:
     return {"rules": str(folder / "rules.yaml")}
 
 
-def test_two_of_three_layers_and_part_of_the_third_on_the_device_compiled(tmp_path: Path) -> None:
-    result, log = score({}, rules(tmp_path, WHOLE_AND_SPLIT))
+@pytest.mark.parametrize("mode", ["eager", pytest.param("compiled", marks=pytest.mark.full)])
+def test_two_of_three_layers_and_part_of_the_third_on_the_device(mode: str, tmp_path: Path) -> None:
+    result, log = score({"enforce_eager": mode == "eager"}, rules(tmp_path, WHOLE_AND_SPLIT))
     assert_exact_enough(result)
     assert "routed experts of layers 1-2 are on vLLM's device" in log
     assert "some routed experts of layers 3 are on vLLM's device" in log
     assert log.count("experts of 1 layers run here") == 1
 
 
+@pytest.mark.full
 def test_tensor_parallel_eager(tmp_path: Path) -> None:
     """The device's experts are cut over the ranks, the executor's are computed by the first."""
     result, log = score({"tensor_parallel_size": 2, "enforce_eager": True}, rules(tmp_path, SPLIT_AND_WHOLE))

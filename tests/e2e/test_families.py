@@ -65,14 +65,12 @@ def test_every_model_is_served() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("zoo eager")
 @pytest.mark.parametrize("case", EAGER)
 def test_log_probabilities(case: str) -> None:
     check(EAGER, case)
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("zoo compiled")
 @pytest.mark.parametrize("case", COMPILED)
 def test_compiled_log_probabilities(case: str) -> None:
     check(COMPILED, case)

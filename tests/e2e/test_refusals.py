@@ -19,8 +19,7 @@ from tests import hub_server
 from tests.e2e.score import GGUF, MODEL_DIR
 from tests.e2e.server import free_port
 
-# In one process, which has vLLM imported.
-pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("refusals")]
+pytestmark = pytest.mark.e2e
 
 HELPER = Path(__file__).with_name("engine_configs.py")
 PREFIX = "kt_vllm: error: "

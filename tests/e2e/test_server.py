@@ -19,7 +19,6 @@ from tests.tolerances import MAX_BATCHED_LOGPROB_DIFFERENCE, MAX_MEAN_BATCHED_LO
 
 pytestmark = pytest.mark.e2e
 
-one_server = pytest.mark.xdist_group("server")  # tests of the fixture, which take it down at their end
 SMALL_CACHE = {"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ}
 
 
@@ -39,7 +38,6 @@ def prompt(index: int) -> list[int]:
     return tokens[index % 8, :length].tolist()
 
 
-@one_server
 def test_completion_and_streamed_chat(server: Server) -> None:
     client = openai.OpenAI(base_url=server.base_url + "/v1", api_key="none")
     completion = client.completions.create(model="tiny", prompt="The history of", max_tokens=16, temperature=0)
@@ -54,7 +52,6 @@ def test_completion_and_streamed_chat(server: Server) -> None:
     assert "".join(chunk.choices[0].delta.content or "" for chunk in stream).strip()
 
 
-@one_server
 def test_several_choices_of_one_prompt(server: Server) -> None:
     client = openai.OpenAI(base_url=server.base_url + "/v1", api_key="none")
     completion = client.completions.create(model="tiny", prompt="The history of", max_tokens=8, n=3, seed=7)
@@ -74,7 +71,6 @@ async def _stream(client: openai.AsyncOpenAI, index: int) -> list[tuple[str, flo
     return answer
 
 
-@one_server
 def test_32_concurrent_streams_equal_single_requests(server: Server) -> None:
     """Greedy answers are compared token by token up to the first near-tie that batching decides the other way."""
 
@@ -96,7 +92,6 @@ def test_32_concurrent_streams_equal_single_requests(server: Server) -> None:
     assert max(differences) < MAX_BATCHED_LOGPROB_DIFFERENCE, sorted(differences)[-20:]
 
 
-@one_server
 def test_vllm_bench_serve(server: Server) -> None:
     command = [
         *(sys.executable, "-m", "kt_vllm.cli", "bench", "serve", "--base-url", server.base_url, "--model", "tiny"),

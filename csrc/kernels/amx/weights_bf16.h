@@ -51,10 +51,14 @@ struct Maker {
                                 num_k, codes);
     const int num_groups = num_k / Unpack::kGroup;
     Floats largest = splat_float(0x1p-110f);
+    __mmask16 finite = 0xffff;
+    const auto take = [&](Floats magnitude) {
+      finite &= _mm512_cmp_ps_mask(magnitude, splat_float(__builtin_inff()), _CMP_LT_OQ);
+      largest = _mm512_max_ps(largest, magnitude);
+    };
     for (int g = 0; g < num_groups; ++g) {
-      largest = _mm512_max_ps(largest, _mm512_abs_ps(load_floats(codes.scales[g])));
-      if constexpr (Unpack::kHasMin)
-        largest = _mm512_max_ps(largest, multiply(_mm512_abs_ps(load_floats(codes.mins[g])), splat_float(0x1p-7f)));
+      take(_mm512_abs_ps(load_floats(codes.scales[g])));
+      if constexpr (Unpack::kHasMin) take(multiply(_mm512_abs_ps(load_floats(codes.mins[g])), splat_float(0x1p-7f)));
     }
     largest = _mm512_min_ps(largest, splat_float(0x1p110f));
     const Ints exponent = bit_and(as_ints(largest), splat(0x7f800000));
@@ -63,7 +67,8 @@ struct Maker {
     const Floats to_min = multiply(inverse, splat_float(-kMeanCut * kUnit));
     // Biases of exponents: 127 of the power and of the results, 15 of float16.
     const Ints low = _mm512_sub_epi32(shift_right<16>(exponent), splat((5 + kSpareBits) << 7));
-    const Ints rebias = bit_or(low, shift_left<16>(low));
+    // Where a scale is none, what must come out as none does so with the largest exponent.
+    const Ints rebias = _mm512_mask_mov_epi32(splat(0x70007000), finite, bit_or(low, shift_left<16>(low)));
     const auto to_bf16 = [&](__m512h v) {
       return _mm512_add_epi16(bit_and(_mm512_srai_epi16(reinterpret_cast<__m512i>(v), 3), splat(0x8fff8fff)), rebias);
     };

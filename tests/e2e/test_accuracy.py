@@ -19,11 +19,10 @@ pytestmark = pytest.mark.e2e
 # The longest first, as they run side by side. Compiling is what takes a minute: the rest of it is in FULL.
 CONFIGURATIONS = {
     "tensor_parallel_2": {"tensor_parallel_size": 2},
+    "pipeline_parallel_2": {"pipeline_parallel_size": 2},
     "compiled": {},
-    "pipeline_parallel_2_eager": {"pipeline_parallel_size": 2, "enforce_eager": True},
 }
 FULL = {
-    "pipeline_parallel_2": {"pipeline_parallel_size": 2},
     "tensor_parallel_2_eager": {"tensor_parallel_size": 2, "enforce_eager": True},
 }
 

@@ -1,8 +1,11 @@
 // The Python module kt_vllm._native: check, fill plain data, release the GIL where a call may block, call.
+#include <pybind11/functional.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -14,6 +17,8 @@
 #include "executor/moe_executor.h"
 #include "gguf/dequantize.h"
 #include "gguf/ggml_type.h"
+#include "handover/coordinator.h"
+#include "handover/host_functions.h"
 #include "kernels/cpu_features.h"
 #include "kernels/dispatch.h"
 #include "limits/limits.h"
@@ -24,6 +29,7 @@ using py::literals::operator""_a;
 namespace {
 
 using Span = std::tuple<std::string, uint64_t, uint64_t>;
+using SlotAddresses = std::array<uintptr_t, 5>;  // the fields of kt::MailboxSlot
 using Unlocked = py::call_guard<py::gil_scoped_release>;
 
 kt::ExpertTensor make_tensor(const std::string& type, std::tuple<int, int, int> shape, const std::vector<Span>& spans) {
@@ -48,13 +54,15 @@ std::vector<kt::WorkerPlace> places(const std::vector<int>& cpus, const std::opt
   return places;
 }
 
-// Adds to MoEExecutor that it can be closed.
+// Adds to MoEExecutor that it can be closed, and that a coordinator keeps it.
 class Executor {
  public:
   Executor(std::string isa, const std::vector<int>& cpus, int max_num_tokens,
-           const std::optional<std::vector<int>>& nodes)
-      : executor_(std::make_unique<kt::MoEExecutor>(
-            kt::ExecutorOptions{std::move(isa), places(cpus, nodes), max_num_tokens})) {}
+           const std::optional<std::vector<int>>& nodes, int64_t spin_ns)
+      : executor_(std::make_unique<kt::MoEExecutor>(kt::ExecutorOptions{.isa = std::move(isa),
+                                                                        .workers = places(cpus, nodes),
+                                                                        .max_num_tokens = max_num_tokens,
+                                                                        .spin_ns = spin_ns})) {}
 
   kt::MoEExecutor& get() const {
     KT_CHECK(executor_ != nullptr, "the executor is closed; create another");
@@ -77,6 +85,29 @@ class Executor {
  private:
   std::unique_ptr<kt::MoEExecutor> executor_;
 };
+
+// The executor must not be closed before it.
+std::unique_ptr<kt::Coordinator> make_coordinator(const Executor* executor, const std::vector<SlotAddresses>& slots,
+                                                  const std::vector<std::pair<int, int>>& layers,
+                                                  const std::string& type, int hidden_size, int max_tokens,
+                                                  std::vector<int> worker_cpus, double watchdog_seconds,
+                                                  std::function<void(const std::string&)> on_failure) {
+  kt::CoordinatorOptions options;
+  for (const auto& [mailbox, hidden_states, topk_ids, topk_weights, output] : slots)
+    options.slots.push_back({.mailbox = reinterpret_cast<kt::Mailbox*>(mailbox),
+                             .hidden_states = reinterpret_cast<const void*>(hidden_states),
+                             .topk_ids = reinterpret_cast<const int32_t*>(topk_ids),
+                             .topk_weights = reinterpret_cast<const float*>(topk_weights),
+                             .output = reinterpret_cast<void*>(output)});
+  for (const auto& [executor_layer, top_k] : layers) options.layers.push_back({executor_layer, top_k});
+  options.float_type = float_type(type);
+  options.hidden_size = hidden_size;
+  options.max_tokens = max_tokens;
+  options.worker_cpus = std::move(worker_cpus);
+  options.watchdog_ns = static_cast<int64_t>(watchdog_seconds * 1e9);
+  options.on_failure = std::move(on_failure);
+  return std::make_unique<kt::Coordinator>(executor == nullptr ? nullptr : &executor->get(), std::move(options));
+}
 
 std::vector<std::string> isas(uint32_t features) {
   std::vector<std::string> names;
@@ -131,8 +162,9 @@ PYBIND11_MODULE(_native, m) {
   py::class_<kt::ExpertTensor>(m, "ExpertTensor").def(py::init(&make_tensor), "type"_a, "shape"_a, "spans"_a);
 
   py::class_<Executor>(m, "Executor")
-      .def(py::init<std::string, const std::vector<int>&, int, const std::optional<std::vector<int>>&>(), py::kw_only(),
-           "isa"_a, "cpus"_a, "max_num_tokens"_a, "nodes"_a = py::none(), Unlocked())
+      .def(py::init<std::string, const std::vector<int>&, int, const std::optional<std::vector<int>>&, int64_t>(),
+           py::kw_only(), "isa"_a, "cpus"_a, "max_num_tokens"_a, "nodes"_a = py::none(),
+           "spin_ns"_a = kt::kSpinNanoseconds, Unlocked())
       .def_property_readonly("isa", [](const Executor& self) { return self.get().isa(); })
       .def_property_readonly("isa_reason", [](const Executor& self) { return self.get().isa_reason(); })
       .def_property_readonly("placement_report", [](const Executor& self) { return self.get().placement_report(); })
@@ -163,6 +195,42 @@ PYBIND11_MODULE(_native, m) {
       .def(
           "wait", [](const Executor& self) { self.get().wait(); }, Unlocked())
       .def("close", &Executor::close, Unlocked());
+
+  // The coordinator holds on to the executor: Python must not free it first.
+  py::class_<kt::Coordinator>(m, "Coordinator")
+      .def(py::init(&make_coordinator), py::kw_only(), "executor"_a.none(true), "slots"_a, "layers"_a, "float_type"_a,
+           "hidden_size"_a, "max_tokens"_a, "worker_cpus"_a, "watchdog_seconds"_a, "on_failure"_a = py::none(),
+           py::keep_alive<1, 2>())
+      .def_property_readonly("stats",
+                             [](const kt::Coordinator& self) {
+                               const kt::CoordinatorStats stats = self.stats();
+                               py::dict result;
+                               result["num_calls"] = stats.num_calls;
+                               result["num_tokens"] = stats.num_tokens;
+                               result["executor_ns"] = stats.executor_ns;
+                               result["between_ns"] = stats.between_ns;
+                               return result;
+                             })
+      .def("stop_answering", &kt::Coordinator::stop_answering)
+      .def("close", &kt::Coordinator::close, Unlocked());
+
+  py::class_<kt::HostFunctions>(m, "HostFunctions")
+      .def(py::init())
+      .def(
+          "call",
+          [](kt::HostFunctions& self, uintptr_t mailbox, int layer, int num_tokens) {
+            return reinterpret_cast<uintptr_t>(self.call(reinterpret_cast<kt::Mailbox*>(mailbox), layer, num_tokens));
+          },
+          "mailbox"_a, "layer"_a, "num_tokens"_a)
+      .def_property_readonly_static(
+          "request", [](const py::object&) { return reinterpret_cast<uintptr_t>(&kt::HostFunctions::request); })
+      .def_property_readonly_static("await_reply", [](const py::object&) {
+        return reinterpret_cast<uintptr_t>(&kt::HostFunctions::await_reply);
+      });
+
+  m.attr("SPIN_NS") = kt::kSpinNanoseconds;
+  m.attr("STEP_SPIN_NS") = kt::kStepSpinNanoseconds;
+  m.attr("ECHO_LAYER") = kt::kEchoLayer;
 
   m.def("isas", [] { return isas(~0u); });
   m.def("available_isas", [] { return isas(kt::detect_cpu_features()); });

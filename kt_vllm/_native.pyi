@@ -1,5 +1,7 @@
 """The typed face of the C++ core (csrc/bindings.cpp). Importing it needs neither torch nor vLLM."""
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -17,8 +19,19 @@ class ExpertTensor:
 class Executor:
     """csrc/executor/moe_executor.h. Methods that block release the GIL."""
 
-    def __init__(self, *, isa: str, cpus: list[int], max_num_tokens: int, nodes: list[int] | None = None) -> None:
-        """One worker an entry of cpus; nodes: the memory node of each, -1 (as without nodes) where it is unknown."""
+    def __init__(
+        self,
+        *,
+        isa: str,
+        cpus: list[int],
+        max_num_tokens: int,
+        nodes: list[int] | None = None,
+        spin_ns: int = ...,
+    ) -> None:
+        """One worker an entry of cpus; nodes: the memory node of each, -1 (as without nodes) where it is unknown.
+
+        spin_ns: for how long idle workers spin before they sleep (SPIN_NS).
+        """
     @property
     def isa(self) -> str: ...
     @property
@@ -56,6 +69,52 @@ class Executor:
     def wait(self) -> None: ...
     def close(self) -> None:
         """Joins the workers and frees the weights; idempotent. Every other method then raises NativeError."""
+
+class Coordinator:
+    """csrc/handover/coordinator.h: answers the calls that a device makes through mailboxes in pinned memory."""
+
+    def __init__(
+        self,
+        *,
+        executor: Executor | None,
+        slots: list[tuple[int, int, int, int, int]],
+        layers: list[tuple[int, int]],
+        float_type: str,
+        hidden_size: int,
+        max_tokens: int,
+        worker_cpus: list[int],
+        watchdog_seconds: float,
+        on_failure: Callable[[str], None] | None = None,
+    ) -> None:
+        """slots: addresses of mailbox, hidden states, ids, weights and output. layers: (executor's number, top_k).
+
+        executor None answers all calls at once and leaves the output as it is. on_failure: gets a sentence, from a
+        thread of the coordinator, instead of the end of the process.
+        """
+    @property
+    def stats(self) -> dict[str, int]:
+        """num_calls, num_tokens, executor_ns, between_ns: CoordinatorStats."""
+    def stop_answering(self) -> None:
+        """For tests: from now on no call is answered."""
+    def close(self) -> None:
+        """Stops its threads; idempotent. Comes before the executor's."""
+
+class HostFunctions:
+    """csrc/handover/host_functions.h: functions for cuLaunchHostFunc, and the arguments that they get."""
+
+    request: int
+    await_reply: int
+
+    def __init__(self) -> None: ...
+    def call(self, mailbox: int, layer: int, num_tokens: int) -> int:
+        """The address of an argument for both functions; lives as long as this object."""
+
+SPIN_NS: int
+"""For how long threads spin that share their CPUs with others."""
+STEP_SPIN_NS: int
+"""For how long workers spin that a device keeps busy."""
+ECHO_LAYER: int
+"""As a layer of a request: the hidden states come back."""
 
 def isas() -> list[str]:
     """Every compiled instruction set, best first."""

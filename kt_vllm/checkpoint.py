@@ -52,14 +52,20 @@ class CheckpointPlan:
 
     @classmethod
     def build(
-        cls, model: GGUFModel, hf_config: Mapping[str, object], supported_types: Sequence[str] | None = None
+        cls,
+        model: GGUFModel,
+        hf_config: Mapping[str, object],
+        supported_types: Sequence[str] | None = None,
+        *,
+        with_experts: bool = True,
     ) -> "CheckpointPlan":
         """Accounts for every tensor of `model` under the config.json `hf_config`.
 
-        supported_types: GGML types the executor has kernels for (None: not checked). Raises GGUFError where the two do
-        not belong together, a tensor is missing or unexplained, or a type cannot be computed with or decoded.
+        supported_types: GGML types the executor has kernels for (None: not checked). with_experts: False leaves routed
+        experts out, which the file then need not have. Raises GGUFError where the two do not belong together, a tensor
+        is missing or unexplained, or a type cannot be computed with or decoded.
         """
-        return _Builder(model, hf_config, supported_types).build()
+        return _Builder(model, hf_config, supported_types, with_experts).build()
 
     @property
     def dense_file_bytes(self) -> int:
@@ -106,14 +112,16 @@ def _equal(in_gguf: object, in_config: object) -> bool:
 
 
 class _Builder:
-    def __init__(self, model: GGUFModel, config: Mapping[str, object], supported: Sequence[str] | None) -> None:
+    def __init__(
+        self, model: GGUFModel, config: Mapping[str, object], supported: Sequence[str] | None, with_experts: bool
+    ) -> None:
         if model.get("expert_count") in (None, 0) and not any("_exps." in name for name in model.tensors):
             raise GGUFError(
                 f"{model.path!r} is a dense model ({model.architecture!r} with no expert_count and no expert tensors) "
                 "and a mixture-of-experts model is expected: serve a dense model without --kt-gguf"
             )
         model_type = config.get("model_type")
-        self.model, self.config, self.supported = model, config, supported
+        self.model, self.config, self.supported, self.with_experts = model, config, supported, with_experts
         self.family = find_family(model.architecture, None if model_type is None else str(model_type))
         self.check_fields()
         self.num_layers = self.field(self.family.fields.num_layers)
@@ -184,7 +192,7 @@ class _Builder:
                     f"{self.model.path!r} has the tensor {shown(name)} and config.json has only {self.num_layers} "
                     f"layers: {_SAME_MODEL}"
                 )
-        experts = {i: self.take_experts(i, layers[i]) for i in sorted(self.moe_layers)}
+        experts = {i: self.take_experts(i, layers[i]) for i in sorted(self.moe_layers)} if self.with_experts else {}
         dense = self.take_dense(self.family.global_names, "", global_, ignored)
         for i, tensors in enumerate(layers):
             prefix = self.family.layer_prefix.format(layer=i)
@@ -199,6 +207,8 @@ class _Builder:
         for known, reason in self.family.ignored:
             if stem == known or (known.endswith(".") and stem.startswith(known)):
                 return reason
+        if not self.with_experts and layer is not None and is_expert(self.family.experts, stem):
+            return "routed experts are left out, as --kt-no-experts says"
         num_blocks = self.model.get("block_count")
         in_file = isinstance(num_blocks, int) and layer is not None and self.num_layers <= layer < num_blocks
         return self.family.mtp_reason if in_file else None

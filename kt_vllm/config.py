@@ -85,6 +85,19 @@ class KTConfig:
         type=_whole_number,
         metavar="N",
     )
+    handover: str = _flag(
+        "How a GPU and the executor hand over: flags in memory that both see, or functions that the GPU's stream calls "
+        "on the host (hostfunc, slower). auto: flags where they work.",
+        default="auto",
+        metavar="auto|flags|hostfunc",
+    )
+    no_experts: bool = _flag(
+        "Load no routed experts and take their output as zero: to measure everything else. Answers are nonsense.",
+        default=False,
+        action="store_true",
+    )
+    # A GPU's call that the executor does not answer in this time ends the engine.
+    watchdog_seconds: float = 120.0
     # The logical CPU of each executor thread, and the NUMA node of each (-1: none). Chosen in the process the user
     # started: vLLM pins its workers.
     cpus: tuple[int, ...] = ()
@@ -105,6 +118,13 @@ class KTConfig:
                 raise ConfigError(f"{flag} is {number!r}; give a whole number of {what}, 1 or more.")
             if number is not None and number < 1:
                 raise ConfigError(f"{flag} is {number}; give 1 or more {what}, or leave it out.")
+        if self.handover not in ("auto", "flags", "hostfunc"):
+            raise ConfigError(f"--kt-handover is {self.handover!r}; give auto, flags or hostfunc.")
+        if not isinstance(self.no_experts, bool):
+            raise ConfigError(f"no_experts is {self.no_experts!r}; give true or false.")
+        seconds = self.watchdog_seconds
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds > 0:
+            raise ConfigError(f"watchdog_seconds is {seconds!r}; give seconds, more than 0.")
         if not isinstance(self.isa, str):
             raise ConfigError(f"--kt-isa is {self.isa!r}; give auto or the name of an instruction set.")
         check_numa(self.numa)

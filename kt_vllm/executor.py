@@ -18,11 +18,24 @@ class CPUExpertExecutor:
     """Owns the worker threads and the expert weights of this process. One call is in flight at a time."""
 
     def __init__(
-        self, *, isa: str, cpus: Sequence[int], max_num_tokens: int, nodes: Sequence[int] | None = None
+        self,
+        *,
+        isa: str,
+        cpus: Sequence[int],
+        max_num_tokens: int,
+        nodes: Sequence[int] | None = None,
+        spin_ns: int = _native.SPIN_NS,
     ) -> None:
-        """One thread an entry of cpus; nodes: the memory node of each, -1 where it is unknown."""
+        """One thread an entry of cpus; nodes: the memory node of each, -1 where it is unknown.
+
+        spin_ns: for how long idle threads spin before they sleep.
+        """
         self.native = _native.Executor(
-            isa=isa, cpus=list(cpus), max_num_tokens=max_num_tokens, nodes=None if nodes is None else list(nodes)
+            isa=isa,
+            cpus=list(cpus),
+            max_num_tokens=max_num_tokens,
+            nodes=None if nodes is None else list(nodes),
+            spin_ns=spin_ns,
         )
         self._warned = False
         self._finalizer = weakref.finalize(self, self.native.close)
@@ -50,20 +63,50 @@ class CPUExpertExecutor:
         self._finalizer()
 
 
+class ZeroHandle:
+    """A layer whose routed experts were left out: their output is zero."""
+
+    @staticmethod
+    def is_capturing() -> bool:
+        return False
+
+    def submit(self, *tensors: torch.Tensor | None) -> None:
+        """As LayerHandle.submit()."""
+        output = tensors[3]
+        assert output is not None
+        output.zero_()
+
+    def wait(self) -> None:
+        """Nothing is in flight."""
+
+
 class LayerHandle:
     """One layer of the executor."""
 
     def __init__(self, executor: CPUExpertExecutor, index: int, hidden_size: int) -> None:
         self._executor = executor  # keeps the weights alive as long as a layer refers to them
         self._native = executor.native
-        self._index = index
+        self.index = index
         self._hidden_size = hidden_size
 
+    @staticmethod
+    def is_capturing() -> bool:
+        """There are no graphs on the host."""
+        return False
+
     def submit(
-        self, hidden_states: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, output: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        output: torch.Tensor,
+        padding: torch.Tensor | None = None,
     ) -> None:
         """hidden_states, output: [num_tokens, hidden_size] of one float type; topk_weights float32, topk_ids int32:
-        [num_tokens, top_k]; all contiguous in host memory, and the caller keeps them alive until wait()."""
+        [num_tokens, top_k]; all contiguous in host memory, and the caller keeps them alive until wait().
+
+        padding: bool [num_tokens], rows of which nobody reads the output; without graphs there are none.
+        """
         num_tokens, top_k = topk_ids.shape
         float_type = _FLOAT_TYPES.get(hidden_states.dtype)
         tensors = (hidden_states, topk_weights, topk_ids, output)
@@ -79,12 +122,12 @@ class LayerHandle:
         ):
             seen = ", ".join(f"{t.dtype} {tuple(t.shape)} strides {t.stride()} on {t.device}" for t in tensors)
             raise ValueError(
-                f"layer {self._index}: hidden_states, topk_weights, topk_ids and output are {seen}, expected "
+                f"layer {self.index}: hidden_states, topk_weights, topk_ids and output are {seen}, expected "
                 f"contiguous host tensors, the first and last [num_tokens, {self._hidden_size}] of one float type, "
                 f"the others [num_tokens, top_k] of float32 and int32; convert them before submit()."
             )
         self._native.submit(
-            self._index,
+            self.index,
             hidden_states.data_ptr(),
             topk_ids.data_ptr(),
             topk_weights.data_ptr(),
@@ -98,4 +141,4 @@ class LayerHandle:
         """Returns when the output of the last submit() is complete."""
         self._native.wait()
         if self._native.num_invalid_ids:
-            self._executor.warn_of_invalid_ids(self._index)
+            self._executor.warn_of_invalid_ids(self.index)

@@ -6,6 +6,7 @@ all-reduce are done by vLLM's MoERunner after us. A layer whose experts the rule
 they put some of them there, both compute and the results are added.
 """
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -36,7 +37,8 @@ if TYPE_CHECKING:
     from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
     from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
-    from kt_vllm.executor import LayerHandle
+    from kt_vllm.executor import LayerHandle, ZeroHandle
+    from kt_vllm.handover.device_layer import DeviceLayerHandle
 
 
 class KTRoutedExperts(RoutedExperts):
@@ -68,7 +70,7 @@ class KTMoEMethod(FusedMoEMethodBase):
         self.on_device = on_device
         self.layer_name = layer_name
         self.computes = get_tensor_model_parallel_rank() == 0
-        self.handle: LayerHandle | None = None
+        self.handle: LayerHandle | DeviceLayerHandle | ZeroHandle | None = None
         self._in_flight = False
         self._pending: torch.Tensor | None = None
         self._host_ids: torch.Tensor | None = None
@@ -136,6 +138,13 @@ class KTMoEMethod(FusedMoEMethodBase):
         shared_experts_input: torch.Tensor | None,
     ) -> torch.Tensor:
         """x: [num_tokens, hidden_size]; topk_weights, topk_ids: [num_tokens, top_k]. Returns a fresh tensor like x."""
+        if not current_platform.is_cpu():  # vLLM's own op around this layer is opaque there
+            meanwhile = None
+            if shared_experts is not None:
+                meanwhile = functools.partial(
+                    shared_experts, shared_experts_input, SharedExpertsOrder.MK_INTERNAL_OVERLAPPED
+                )
+            return _run(layer, x, topk_weights, topk_ids, meanwhile)
         layer_name = _encode_layer_name(layer.layer_name)
         if shared_experts is None:
             return torch.ops.kt_vllm.moe_forward(x, topk_weights, topk_ids, layer_name)
@@ -149,14 +158,17 @@ class KTMoEMethod(FusedMoEMethodBase):
         """Starts the executor on x; the output belongs to nobody else until wait() hands it out."""
         if self.computes and self.handle is None:
             raise RuntimeError(f"{self.layer_name} was called before its experts were loaded.")
-        # A profile or warm-up run wants shapes, not answers; minutes of CPU work at start would buy nothing.
-        is_dummy_run = get_forward_context().attn_metadata is None
-        self._in_flight = self.handle is not None and not is_dummy_run
+        context = get_forward_context()
+        # A profile or warm-up run wants shapes, not answers; minutes of CPU work at start would buy nothing. A graph's
+        # capture may look like one.
+        is_dummy_run = context.attn_metadata is None
+        self._in_flight = self.handle is not None and (not is_dummy_run or self.handle.is_capturing())
         if self.handle is not None and self._in_flight:
             self._pending = torch.empty_like(x)
             # Kept until wait(): the executor reads it.
             self._host_ids = topk_ids if self.on_device is None else self.on_device.host_ids(topk_ids)
-            self.handle.submit(x, topk_weights, self._host_ids, self._pending)
+            padding = None if context.is_padding is None else context.is_padding[: x.shape[0]]
+            self.handle.submit(x, topk_weights, self._host_ids, self._pending, padding)
         else:
             self._pending = torch.zeros_like(x)
 
@@ -171,8 +183,9 @@ class KTMoEMethod(FusedMoEMethodBase):
         return output
 
 
-# One opaque op from submit to wait: in between, the executor reads and writes these tensors behind torch's back, and a
-# compiler that saw two ops would move the shared experts out of the gap and reuse the memory of the inputs.
+# On the CPU platform, one opaque op from submit to wait: in between, the executor reads and writes these tensors behind
+# torch's back, and a compiler that saw two ops would move the shared experts out of the gap and reuse the memory of the
+# inputs.
 
 
 def _runner(layer_name: LayerNameType) -> "MoERunner":

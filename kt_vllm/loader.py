@@ -2,6 +2,7 @@
 
 import time
 
+import torch
 from torch import nn
 from tqdm import tqdm
 from vllm.config import ModelConfig, VllmConfig, get_current_vllm_config
@@ -10,6 +11,7 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.models.utils import extract_layer_index, is_pp_missing_parameter
+from vllm.platforms import current_platform
 
 from kt_vllm import _native
 from kt_vllm.checkpoint import CheckpointPlan, iter_dense
@@ -17,9 +19,10 @@ from kt_vllm.compat import set_router_top_k
 from kt_vllm.config import KTConfig
 from kt_vllm.device_experts import load_device_experts
 from kt_vllm.errors import ConfigError, GGUFError
-from kt_vllm.executor import CPUExpertExecutor
+from kt_vllm.executor import CPUExpertExecutor, LayerHandle, ZeroHandle
 from kt_vllm.expert_spans import host_experts
 from kt_vllm.gguf.reader import GGUFModel
+from kt_vllm.handover.device_layer import DeviceLayerHandle, Handover
 from kt_vllm.hf_config import config_fields
 from kt_vllm.layer import KTMoEMethod, KTRoutedExperts
 from kt_vllm.log import init_logger
@@ -52,11 +55,14 @@ class KTModelLoader(BaseModelLoader):
             GGUFModel.open(config.gguf),
             config_fields(model_config.hf_text_config),
             supported_types=_native.supported_types(isa),
+            with_experts=not config.no_experts,
         )
         _set_top_k(model, config)
+        methods = [method for method in _moe_methods(model) if method.computes]
         # Weights may be loaded again into a running model (sleep and wake): its experts are still there.
-        methods = [method for method in _moe_methods(model) if method.computes and method.handle is None]
-        executor = _make_executor(config, vllm_config, methods, plan)
+        _restore(methods)
+        methods = [method for method in methods if method.handle is None]
+        executor = None if config.no_experts else _make_executor(config, vllm_config, methods, plan)
         try:
             with self._progress_bar(plan, model) as bar:
                 if executor is not None:
@@ -71,6 +77,7 @@ class KTModelLoader(BaseModelLoader):
                 loaded |= _load_device_experts(model, config, plan, bar)
                 if executor is not None:
                     _finish_experts(executor, bar)
+            _connect(config, vllm_config, methods, executor)
         except BaseException:
             if executor is not None:
                 executor.close()
@@ -82,7 +89,7 @@ class KTModelLoader(BaseModelLoader):
     def _progress_bar(self, plan: CheckpointPlan, model: nn.Module) -> tqdm:
         layers = {extract_layer_index(m.layer_name) for m in model.modules() if isinstance(m, KTRoutedExperts)}
         return tqdm(
-            total=plan.dense_file_bytes + sum(plan.experts[layer].nbytes for layer in layers),
+            total=plan.dense_file_bytes + sum(plan.experts[layer].nbytes for layer in layers if layer in plan.experts),
             desc="Loading GGUF",
             unit="B",
             unit_scale=True,
@@ -113,7 +120,7 @@ def _load_device_experts(model: nn.Module, config: KTConfig, plan: CheckpointPla
         if isinstance(module, KTRoutedExperts):
             layer = extract_layer_index(module.layer_name)
             ids = config.placement(layer).device_experts
-            if ids is None or ids:
+            if (ids is None or ids) and not config.no_experts:
                 names = load_device_experts(module, plan.experts[layer], ids, bar.update)
                 loaded |= {f"{name}.{parameter}" for parameter in names}
     return loaded
@@ -125,11 +132,16 @@ def _make_executor(
     """The executor of this process with one layer a method, or None when this process computes no experts."""
     if not methods:
         return None
+    on_host = current_platform.is_cpu()
     executor = CPUExpertExecutor(
         isa=config.isa,
         cpus=config.cpus,
         nodes=config.nodes or None,
         max_num_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
+        # Stages of a pipeline share the CPUs and take turns: who spins keeps the next one from its work.
+        spin_ns=_native.SPIN_NS
+        if on_host or vllm_config.parallel_config.pipeline_parallel_size > 1
+        else _native.STEP_SPIN_NS,
     )
     for method in methods:
         layer = extract_layer_index(method.layer_name)
@@ -139,6 +151,41 @@ def _make_executor(
     logger.info("kt_vllm: experts of %d layers run here. %s", len(methods), executor.native.isa_reason)
     logger.info("kt_vllm: %s", executor.native.placement_report)
     return executor
+
+
+def _restore(methods: list[KTMoEMethod]) -> None:
+    """The hand-over's words on the device, which a deep sleep discards."""
+    for handover in {m.handle.handover for m in methods if isinstance(m.handle, DeviceLayerHandle)}:
+        handover.restore()
+
+
+def _connect(
+    config: KTConfig, vllm_config: VllmConfig, methods: list[KTMoEMethod], executor: CPUExpertExecutor | None
+) -> None:
+    """Gives every method its way to the loaded executor. Raises ConfigError where a device cannot reach it."""
+    if not methods or (current_platform.is_cpu() and executor is not None):
+        return
+    if config.no_experts:
+        logger.warning("kt_vllm: --kt-no-experts: the routed experts' output is zero, and all answers are nonsense.")
+    if current_platform.is_cpu():
+        for method in methods:
+            method.handle = ZeroHandle()
+        return
+    top_ks = [config.placement(extract_layer_index(m.layer_name)).top_k or m.moe.experts_per_token for m in methods]
+    numbers = [m.handle.index if isinstance(m.handle, LayerHandle) else 0 for m in methods]
+    handover = Handover(
+        None if executor is None else executor.native,
+        list(zip(numbers, top_ks, strict=True)),
+        hidden_size=methods[0].moe.hidden_dim,
+        max_num_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
+        dtype=vllm_config.model_config.dtype,
+        device=torch.device(current_platform.device_type, torch.accelerator.current_device_index()),
+        worker_cpus=config.cpus,
+        way=config.handover,
+        watchdog_seconds=config.watchdog_seconds,
+    )
+    for number, (method, top_k) in enumerate(zip(methods, top_ks, strict=True)):
+        method.handle = handover.layer_handle(number, top_k)
 
 
 def _finish_experts(executor: CPUExpertExecutor, bar: tqdm) -> None:

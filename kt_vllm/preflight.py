@@ -78,10 +78,10 @@ def prepare(engine_args: "EngineArgs") -> KTConfig | None:
 
 def _refuse_unsupported(engine_args: "EngineArgs") -> None:
     """Raises ConfigError for a combination that would compute something else than asked."""
-    if not current_platform.is_cpu():
+    if not (current_platform.is_cpu() or current_platform.is_cuda()):
         raise ConfigError(
-            f"this release of kt_vllm serves on vLLM's CPU platform; found {current_platform.device_type}. "
-            f"The hand-over to a GPU is not in this release: install the CPU build of vLLM, or run without --kt-gguf."
+            f"--kt-gguf works on vLLM's CUDA and CPU platforms; found {current_platform.device_type}. "
+            f"Install one of these builds of vLLM, or run without --kt-gguf."
         )
     refused = {
         "--data-parallel-size": engine_args.data_parallel_size > 1,
@@ -117,13 +117,22 @@ def check(engine_args: "EngineArgs", config: KTConfig, model_config: "ModelConfi
     # Only now: what is wrong with the model argument shows before hundreds of gigabytes are downloaded.
     gguf = hub.resolve(config.gguf, engine_args.download_dir, engine_args.hf_token)
     config = dataclasses.replace(config, gguf=gguf)
-    plan = CheckpointPlan.build(GGUFModel.open(config.gguf), config_fields(hf_config))
+    plan = CheckpointPlan.build(
+        GGUFModel.open(config.gguf), config_fields(hf_config), with_experts=not config.no_experts
+    )
     placement = Placement.resolve(config, plan, hf_config.num_experts_per_tok)
-    config = placement.settle_executor(warn=lambda warning: logger.warning("kt_vllm: %s", warning))
+    config = placement.settle_executor(
+        warn=lambda warning: logger.warning("kt_vllm: %s", warning),
+        # Beside a GPU, vLLM's main thread and the coordinator of the hand-over both poll.
+        spare_cores=1 if current_platform.is_cpu() else 2,
+    )
     engine_args.additional_config = {**engine_args.additional_config, CONFIG_KEY: config.to_dict()}
     isa, _ = _native.choose_isa(config.isa)
     plan = CheckpointPlan.build(
-        GGUFModel.open(config.gguf), config_fields(hf_config), supported_types=_native.supported_types(isa)
+        GGUFModel.open(config.gguf),
+        config_fields(hf_config),
+        supported_types=_native.supported_types(isa),
+        with_experts=not config.no_experts,
     )
     _log_ignored(plan)
     _refuse_placement(engine_args, placement, str(model_config.dtype).removeprefix("torch."))

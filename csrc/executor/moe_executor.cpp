@@ -30,7 +30,9 @@ void check_top_k(int top_k) {
 
 struct MoEExecutor::Impl {
   Impl(const ExecutorOptions& options, KernelChoice chosen)
-      : choice(std::move(chosen)), pool(std::in_place, options.workers), call(options.max_num_tokens, *pool) {}
+      : choice(std::move(chosen)),
+        pool(std::in_place, options.workers, ParkPolicy{}, options.spin_ns),
+        call(options.max_num_tokens, *pool) {}
 
   ~Impl() {
     if (loader) loader->cancel();

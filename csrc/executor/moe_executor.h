@@ -19,6 +19,7 @@ struct ExecutorOptions {
   std::vector<WorkerPlace> workers;
   int max_num_tokens = 0;              // workspace is sized for this; longer calls are cut into pieces of it
   const KernelTable* table = nullptr;  // instead of what isa names; must outlive the executor
+  int64_t spin_ns = kSpinNanoseconds;  // for how long idle workers spin before they sleep
 };
 
 struct LoadProgress {

@@ -75,10 +75,10 @@ bool repeats(std::vector<int> cpus) {
 
 }  // namespace
 
-ThreadPool::ThreadPool(const std::vector<WorkerPlace>& places, const ParkPolicy& park_policy)
+ThreadPool::ThreadPool(const std::vector<WorkerPlace>& places, const ParkPolicy& park_policy, int64_t spin_ns)
     : places_(places),
       // Two workers on one CPU: who spins keeps the other from running.
-      spin_ns_(repeats(cpus_of(places)) ? 0 : kSpinNanoseconds),
+      spin_ns_(repeats(cpus_of(places)) ? 0 : spin_ns),
       park_policy_(park_policy),
       // Workers of one CPU keep each other from it: none is to blame.
       max_parked_(repeats(cpus_of(places)) || park_policy.all_take_part()

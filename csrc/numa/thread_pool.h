@@ -20,7 +20,7 @@ struct WorkerPlace {
 
 // start(), done() and wait() are for one thread at a time; they never allocate, and lock nothing.
 // A phase ends when all workers in it have returned, at least one of each group: who is late to begin is not waited
-// for. Waiting threads spin for kSpinNanoseconds, then sleep: an idle pool uses no CPU.
+// for. Waiting threads spin for spin_ns, then sleep: an idle pool uses no CPU.
 //
 // A worker that keeps losing its CPU to other processes amid its work is parked: it sleeps for a while. At most a
 // quarter of the workers (of up to seven, one) are parked at a time, never the last of a group, and never where workers
@@ -47,7 +47,8 @@ class ThreadPool {
   // environment, and all signals but its own faults blocked: nothing of the creating thread leaks in. Returns when all
   // are in place.
   // Throws kt::Error when places is empty or a thread cannot be created.
-  explicit ThreadPool(const std::vector<WorkerPlace>& places, const ParkPolicy& park_policy = {});
+  explicit ThreadPool(const std::vector<WorkerPlace>& places, const ParkPolicy& park_policy = {},
+                      int64_t spin_ns = kSpinNanoseconds);
   ~ThreadPool();  // waits for the running job
 
   int num_workers() const { return static_cast<int>(places_.size()); }

@@ -1,0 +1,87 @@
+// Answers the device's calls: the one thread that drives the executor while vLLM runs on a device.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "executor/moe_executor.h"
+#include "handover/mailbox.h"
+
+namespace kt {
+
+// What a layer number in a request stands for.
+struct CoordinatedLayer {
+  int executor_layer;
+  int top_k;
+};
+
+struct CoordinatorOptions {
+  std::vector<MailboxSlot> slots;
+  std::vector<CoordinatedLayer> layers;
+  FloatType float_type = FloatType::BF16;
+  int hidden_size = 0;
+  int max_tokens = 0;            // of a slot
+  std::vector<int> worker_cpus;  // not for the coordinator, who would take the time from a worker
+  int64_t watchdog_ns = 0;       // a call that takes longer is lost
+  // Called once, from a thread of the coordinator, with a sentence. None: end_process().
+  std::function<void(const std::string&)> on_failure;
+};
+
+struct CoordinatorStats {
+  uint64_t num_calls = 0;    // answered, without echoes
+  uint64_t num_tokens = 0;   // rows of those, padding included
+  uint64_t executor_ns = 0;  // from seeing a request to the reply
+  uint64_t between_ns = 0;   // from a reply to the next request, where that came within kStepGapNanoseconds
+};
+
+// Longer pauses are not within one pass through the model.
+inline constexpr int64_t kStepGapNanoseconds = 20'000'000;
+// The workers of an executor that a coordinator drives spin for this long: longer than a device takes from one MoE
+// layer to the next of a decode step (0.1 to 0.5 ms), since waking them costs some 50 us a layer.
+inline constexpr int64_t kStepSpinNanoseconds = 2'000'000;
+
+// From construction to destruction nobody else may call the executor. It spins while calls come, and takes naps
+// otherwise: 50 us at first, half a millisecond after 100 ms.
+class Coordinator {
+ public:
+  // executor null: no routed experts; every call is answered at once, and its output left as it is.
+  Coordinator(MoEExecutor* executor, CoordinatorOptions options);
+  ~Coordinator() { close(); }
+
+  // Answers what has been asked, then stops; the executor is free again. Idempotent.
+  void close();
+
+  CoordinatorStats stats() const;  // any thread
+
+  // For tests: from now on no request is answered.
+  void stop_answering() { deaf_.store(true, std::memory_order_relaxed); }
+
+ private:
+  void main();
+  void watch();
+  bool look();  // at each slot once; true when there was a request
+  void answer(const MailboxSlot& slot, uint64_t request);
+  void fail_once(const std::string& sentence);
+
+  MoEExecutor* executor_;
+  CoordinatorOptions options_;
+  std::vector<uint32_t> answered_;  // [slots]
+  int64_t last_reply_ns_ = 0;
+
+  std::atomic<bool> stopping_{false};
+  std::atomic<bool> deaf_{false};
+  std::atomic<bool> failed_{false};
+  std::atomic<uint64_t> num_calls_{0}, num_tokens_{0}, executor_ns_{0}, between_ns_{0};
+  std::thread thread_;
+  std::thread watchdog_;
+};
+
+// Says the sentence on stderr, answers all requests for a moment, so that nothing on the device waits for ever, and
+// ends the process with status 1: vLLM's other processes then end too.
+[[noreturn]] void end_process(const std::vector<MailboxSlot>& slots, const std::string& sentence);
+
+}  // namespace kt

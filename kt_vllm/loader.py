@@ -174,7 +174,7 @@ def _connect(
     top_ks = [config.placement(extract_layer_index(m.layer_name)).top_k or m.moe.experts_per_token for m in methods]
     numbers = [m.handle.index if isinstance(m.handle, LayerHandle) else 0 for m in methods]
     handover = Handover(
-        None if executor is None else executor.native,
+        executor,
         list(zip(numbers, top_ks, strict=True)),
         hidden_size=methods[0].moe.hidden_dim,
         max_num_tokens=vllm_config.scheduler_config.max_num_batched_tokens,

@@ -9,6 +9,7 @@ import torch
 
 from kt_vllm import _native
 from kt_vllm.errors import ConfigError, ResourceError
+from kt_vllm.executor import CPUExpertExecutor
 from kt_vllm.handover.staging import Slot
 from kt_vllm.handover.ways import Flags, HostFunctions, Way
 from kt_vllm.log import init_logger
@@ -26,7 +27,7 @@ class Handover:
 
     def __init__(
         self,
-        executor: "_native.Executor | None",
+        executor: CPUExpertExecutor | None,
         layers: Sequence[tuple[int, int]],
         *,
         hidden_size: int,
@@ -42,6 +43,7 @@ class Handover:
         max_num_tokens: of a call; what is longer than a slot goes in pieces, one computed while the next is copied.
         way: auto, flags or hostfunc. Raises ConfigError where the device cannot do what was asked for.
         """
+        self._executor = executor  # which closes when nobody refers to it
         max_tokens = min(max_num_tokens, MAX_PIECE_TOKENS)
         self._top_ks = sorted({top_k for _, top_k in layers})
         self.slots = [
@@ -50,7 +52,7 @@ class Handover:
         ]
         self.max_tokens = max_tokens
         self.coordinator = _native.Coordinator(
-            executor=executor,
+            executor=None if executor is None else executor.native,
             slots=[slot.addresses() for slot in self.slots],
             layers=list(layers),
             float_type=str(dtype).removeprefix("torch."),

@@ -47,8 +47,8 @@ struct Maker {
 
   // num_k weights from k on, whole blocks, to tiles[..][which].
   inline void make(const uint8_t* panel, int k, int num_k, WeightTiles& tiles, int which) {
-    unpack_chunk<Unpack, false>(panel + static_cast<size_t>(k / Unpack::kBlock) * kPanelRows * Unpack::kBlockBytes,
-                                num_k, codes);
+    unpack_chunk<Unpack>(panel + static_cast<size_t>(k / Unpack::kBlock) * kPanelRows * Unpack::kBlockBytes, num_k,
+                         codes);
     const int num_groups = num_k / Unpack::kGroup;
     Floats largest = splat_float(0x1p-110f);
     __mmask16 finite = 0xffff;

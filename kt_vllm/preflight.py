@@ -117,14 +117,14 @@ def check(engine_args: "EngineArgs", config: KTConfig, model_config: "ModelConfi
     # Only now: what is wrong with the model argument shows before hundreds of gigabytes are downloaded.
     gguf = hub.resolve(config.gguf, engine_args.download_dir, engine_args.hf_token)
     config = dataclasses.replace(config, gguf=gguf)
-    plan = CheckpointPlan.build(GGUFModel.open(config.gguf), config_fields(hf_config))
+    model, fields = GGUFModel.open(config.gguf), config_fields(hf_config)
+    plan = CheckpointPlan.build(model, fields)
     placement = Placement.resolve(config, plan, hf_config.num_experts_per_tok)
     config = placement.settle_executor(warn=lambda warning: logger.warning("kt_vllm: %s", warning))
     engine_args.additional_config = {**engine_args.additional_config, CONFIG_KEY: config.to_dict()}
     isa, _ = _native.choose_isa(config.isa)
-    plan = CheckpointPlan.build(
-        GGUFModel.open(config.gguf), config_fields(hf_config), supported_types=_native.supported_types(isa)
-    )
+    # Only now: the rules may choose the isa.
+    plan = CheckpointPlan.build(model, fields, supported_types=_native.supported_types(isa))
     _log_ignored(plan)
     _refuse_placement(engine_args, placement, str(model_config.dtype).removeprefix("torch."))
     activation = getattr(hf_config, "hidden_act", "silu")

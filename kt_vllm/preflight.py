@@ -47,7 +47,7 @@ def check_model_folder(engine_args: "EngineArgs") -> None:
     elif os.path.exists(model):
         seen = "is a file"
     else:
-        hub.check_config(model, engine_args.revision, engine_args.hf_token)
+        hub.fetch_config(model, engine_args.revision, engine_args.hf_token)
         seen = "does not exist" if model.startswith(("/", "./", "../", "~")) else None
     if seen:
         raise ConfigError(

@@ -135,6 +135,8 @@ def test_what_the_engine_would_refuse_is_shown(tiny_model: Path, tiny_gguf: Path
         (("/none", "--kt-gguf", "@g"), ("the model '/none' does not exist",)),
         (("@g", "--kt-gguf", "@g"), ("is a file; give a folder with config.json",)),
         (("@t", "--kt-gguf", "@g"), ("has no config.json",)),
+        (("nowhere", "--kt-gguf", "@g"), ("'nowhere' is neither a path here nor a Hugging Face name", "give a folder")),
+        (("a/b:Q8_0", "--kt-gguf", "@g"), ("'a/b:Q8_0' is neither a path here nor a Hugging Face name",)),
         (("@m", "--kt-gguf", "/none.gguf"), ("does not exist",)),
         (("@m", "--kt-gguf", "acme/R1:Q4_K_M"), ("acme/R1:Q4_K_M is no path here", "give its path")),
         (("@m", "--kt-gguf", "@g", "--kt-rules", "/none.yaml"), ("--kt-rules /none.yaml cannot be read",)),

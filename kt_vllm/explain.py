@@ -10,14 +10,14 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import rich.box
 from rich.console import Console
 from rich.table import Table
 
 from kt_vllm import _native, hub
-from kt_vllm.args import add_flags, fold_flags
+from kt_vllm.args import Parser, add_flags, fold_flags
 from kt_vllm.checkpoint import CheckpointPlan
 from kt_vllm.config import CONFIG_KEY, KTConfig
 from kt_vllm.errors import ConfigError, KTError
@@ -33,13 +33,8 @@ _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message} (see {_PROGRAM} --help)")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog=_PROGRAM,
         description="Prints where each module of a model goes (cpu: host memory, computed by the executor; gpu: vLLM's "
         "own device), how many bytes it has there, and which line of which file decided. Reads headers only.",

@@ -152,6 +152,19 @@ COMMON_CHECKS = (
     field("attention.head_count", "num_attention_heads", required=True),
 )
 
+# Of families with DeepSeek-V3's way of choosing experts: in groups, beside shared ones, after some dense layers.
+GROUPED_EXPERTS_CHECKS = (
+    field("expert_count", "n_routed_experts", required=True),
+    field("expert_feed_forward_length", "moe_intermediate_size", required=True),
+    field("expert_shared_count", "n_shared_experts"),
+    field("expert_group_count", "n_group"),
+    field("expert_group_used_count", "topk_group"),
+    field("expert_weights_norm", "norm_topk_prob"),
+    field("expert_weights_scale", "routed_scaling_factor"),
+    field("leading_dense_block_count", "first_k_dense_replace"),
+    field("feed_forward_length", "intermediate_size"),
+)
+
 # GGUF's expert_gating_func.
 SCORING = ((1, "softmax"), (2, "sigmoid"))
 

@@ -1,6 +1,5 @@
 """`kt-vllm explain`: on the shipped model, on DeepSeek-R1's headers, and its refusals."""
 
-import importlib.util
 import json
 import resource
 import subprocess
@@ -165,8 +164,6 @@ def test_refused_in_one_sentence(
 
 def test_the_wheel_has_the_rules(tmp_path: Path) -> None:
     """What `pip install .` puts beside the modules; an editable install reads the checkout's."""
-    if importlib.util.find_spec("setuptools") is None:
-        pytest.skip("setuptools is not installed")
     command = [sys.executable, "setup.py", "-q", "egg_info", "-e", str(tmp_path), "build_py", "-d", str(tmp_path)]
     subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     built = sorted(path.name for path in (tmp_path / "kt_vllm" / "shipped_rules").iterdir())

@@ -8,7 +8,10 @@ import dataclasses
 import os
 from typing import TYPE_CHECKING
 
+from vllm.config import AttentionConfig
 from vllm.platforms import current_platform
+from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm.v1.attention.selector import AttentionSelectorConfig
 
 from kt_vllm import _native, compat, hub
 from kt_vllm.checkpoint import CheckpointPlan
@@ -30,6 +33,8 @@ logger = init_logger(__name__)
 
 # Speculators that load no second set of weights.
 _SPECULATORS_WITHOUT_WEIGHTS = ("ngram", "ngram_gpu", "suffix")
+# vLLM's latent attention for every CPU and type; slower than the one for AMX.
+_ANY_DTYPE_MLA = "CPU_MLA"
 # Tokens that the executor computes at once (kMaxPieceTokens in csrc/executor).
 _LONGEST_PIECE = 4096
 
@@ -114,6 +119,7 @@ def check(engine_args: "EngineArgs", config: KTConfig, model_config: "ModelConfi
     the host.
     """
     hf_config = model_config.hf_text_config
+    _refuse_dtype(engine_args, model_config)
     # Only now: what is wrong with the model argument shows before hundreds of gigabytes are downloaded.
     gguf = hub.resolve(config.gguf, engine_args.download_dir, engine_args.hf_token)
     config = dataclasses.replace(config, gguf=gguf)
@@ -140,6 +146,34 @@ def check(engine_args: "EngineArgs", config: KTConfig, model_config: "ModelConfi
         "executor workspace": _workspace_bytes(engine_args, config, plan, hf_config.num_experts_per_tok),
     }
     check_memory(needed, available_host_memory())
+
+
+def _refuse_dtype(engine_args: "EngineArgs", model_config: "ModelConfig") -> None:
+    """Raises ConfigError for a type that vLLM's latent attention cannot compute in.
+
+    vLLM does not ask its backend: on CPUs with AMX float16 then answers nonsense, and float32 ends in a traceback.
+    """
+    if not model_config.use_mla:
+        return
+    wish = engine_args.attention_backend or engine_args.attention_config.backend
+    name = current_platform.get_attn_backend_cls(
+        AttentionConfig.validate_backend_before(wish),
+        AttentionSelectorConfig(
+            head_size=model_config.get_head_size(),
+            dtype=model_config.dtype,
+            kv_cache_dtype=None,
+            block_size=None,
+            use_mla=True,
+        ),
+    )
+    backend = resolve_obj_by_qualname(name)
+    if not backend.supports_dtype(model_config.dtype):
+        dtype, *known = (str(d).removeprefix("torch.") for d in (model_config.dtype, *backend.supported_dtypes))
+        raise ConfigError(
+            f"--dtype is {dtype}{' (from config.json)' if engine_args.dtype == 'auto' else ''} and vLLM's attention "
+            f"backend {backend.get_name()}, which it takes for this model on this CPU, computes in "
+            f"{' or '.join(known)}; give --dtype {known[0]}, or --attention-backend {_ANY_DTYPE_MLA}."
+        )
 
 
 def _refuse_placement(engine_args: "EngineArgs", placement: Placement, dtype: str) -> None:

@@ -18,6 +18,7 @@ from kt_vllm.checkpoint import CheckpointPlan
 from kt_vllm.config import CONFIG_KEY, KTConfig
 from kt_vllm.errors import ConfigError, GGUFError
 from kt_vllm.expert_spans import host_experts
+from kt_vllm.families import FAMILIES
 from kt_vllm.gguf.reader import GGUFModel
 from kt_vllm.hf_config import CONFIG_FORMAT, config_fields
 from kt_vllm.loader import LOAD_FORMAT
@@ -28,6 +29,7 @@ from kt_vllm.placement import Placement
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.attention.backend import AttentionBackend
 
 logger = init_logger(__name__)
 
@@ -149,31 +151,41 @@ def check(engine_args: "EngineArgs", config: KTConfig, model_config: "ModelConfi
 
 
 def _refuse_dtype(engine_args: "EngineArgs", model_config: "ModelConfig") -> None:
-    """Raises ConfigError for a type that vLLM's latent attention cannot compute in.
+    """Raises ConfigError for a type that vLLM itself computes wrongly in, or not at all, for this model."""
+    hf_config = model_config.hf_text_config
+    dtype = str(model_config.dtype).removeprefix("torch.")
+    seen = f"--dtype is {dtype}{' (from config.json)' if engine_args.dtype == 'auto' else ''}"
+    for family in FAMILIES.values():
+        scale = getattr(hf_config, family.float16_scale or "", 1)
+        if dtype == "float16" and hf_config.model_type in family.hf_model_types and scale != 1:
+            raise ConfigError(
+                f"{seen} and config.json has {family.float16_scale} {scale}, which vLLM's {hf_config.model_type} "
+                f"applies wrongly in float16; give --dtype bfloat16."
+            )
+    # vLLM does not ask its backend: with AMX's, float16 answers nonsense and float32 ends in a traceback.
+    if model_config.use_mla:
+        backend = _latent_attention(engine_args, model_config)
+        if not backend.supports_dtype(model_config.dtype):
+            known = [str(d).removeprefix("torch.") for d in backend.supported_dtypes]
+            raise ConfigError(
+                f"{seen} and vLLM's attention backend {backend.get_name()}, which it takes for this model on this CPU, "
+                f"computes in {' or '.join(known)}; give --dtype {known[0]}, or --attention-backend {_ANY_DTYPE_MLA}."
+            )
 
-    vLLM does not ask its backend: on CPUs with AMX float16 then answers nonsense, and float32 ends in a traceback.
-    """
-    if not model_config.use_mla:
-        return
+
+def _latent_attention(engine_args: "EngineArgs", model_config: "ModelConfig") -> "type[AttentionBackend]":
+    """What vLLM's workers will choose."""
     wish = engine_args.attention_backend or engine_args.attention_config.backend
-    name = current_platform.get_attn_backend_cls(
-        AttentionConfig.validate_backend_before(wish),
-        AttentionSelectorConfig(
-            head_size=model_config.get_head_size(),
-            dtype=model_config.dtype,
-            kv_cache_dtype=None,
-            block_size=None,
-            use_mla=True,
-        ),
+    selector = AttentionSelectorConfig(
+        head_size=model_config.get_head_size(),
+        dtype=model_config.dtype,
+        kv_cache_dtype=None,
+        block_size=None,
+        use_mla=True,
     )
-    backend = resolve_obj_by_qualname(name)
-    if not backend.supports_dtype(model_config.dtype):
-        dtype, *known = (str(d).removeprefix("torch.") for d in (model_config.dtype, *backend.supported_dtypes))
-        raise ConfigError(
-            f"--dtype is {dtype}{' (from config.json)' if engine_args.dtype == 'auto' else ''} and vLLM's attention "
-            f"backend {backend.get_name()}, which it takes for this model on this CPU, computes in "
-            f"{' or '.join(known)}; give --dtype {known[0]}, or --attention-backend {_ANY_DTYPE_MLA}."
-        )
+    return resolve_obj_by_qualname(
+        current_platform.get_attn_backend_cls(AttentionConfig.validate_backend_before(wish), selector)
+    )
 
 
 def _refuse_placement(engine_args: "EngineArgs", placement: Placement, dtype: str) -> None:

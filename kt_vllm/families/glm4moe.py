@@ -54,4 +54,6 @@ FAMILY = ModelFamily(
     ),
     ignored=(("nextn.", MTP),),
     mtp_reason=MTP,
+    # There vLLM divides the shared experts by it, so that sums stay small, and only DeepSeek's layers make up for that.
+    float16_scale="routed_scaling_factor",
 )

@@ -96,7 +96,8 @@ class ModelFamily:
     """One `general.architecture`. See the classes above for what each part means.
 
     ignored: tensors no parameter stands for, with the reason a user is told; a name ending in "." stands for all that
-    begin with it. mtp_reason: why layers from num_layers on are left out (None: they are an error).
+    begin with it. mtp_reason: why layers from num_layers on are left out (None: they are an error). float16_scale: the
+    config.json field whose value vLLM's model loses in float16, unless it is 1.
     """
 
     gguf_architecture: str
@@ -110,6 +111,7 @@ class ModelFamily:
     needs: tuple[NeedsSetting, ...] = ()
     ignored: tuple[tuple[str, str], ...] = ()
     mtp_reason: str | None = None
+    float16_scale: str | None = None
     output: str = "lm_head.weight"  # not a parameter of its own where config.json has tie_word_embeddings
     layer_prefix: str = "model.layers.{layer}."
 

@@ -18,6 +18,7 @@ from tests import gguf_files as files
 from tests import hub_server
 from tests.e2e.score import GGUF, MODEL_DIR
 from tests.e2e.server import free_port
+from tests.zoo.models import MODELS
 
 pytestmark = pytest.mark.e2e
 
@@ -153,6 +154,20 @@ REFUSED: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "no config.json": ("@/empty", WEIGHTS, ("empty' has no config.json", "give the folder")),
     "model is a file": (str(GGUF), WEIGHTS, ("Q4_K_M.gguf' is a file", "give the folder")),
 }
+REFUSED |= {
+    "float16 and a scale": (
+        "@/config_glm",
+        (*WEIGHTS, "--dtype", "float16"),
+        ("--dtype is float16 and", "routed_scaling_factor 2.5", "glm4_moe applies wrongly", "give --dtype bfloat16"),
+    ),
+    # Not for their type.
+    "bfloat16 and a scale": ("@/config_glm", WEIGHTS, ("architecture 'deepseek2'", "model_type 'glm4_moe'")),
+    "float16 and no scale": (
+        "@/config_glm_air",
+        (*WEIGHTS, "--dtype", "float16"),
+        ("architecture 'deepseek2'", "model_type 'glm4_moe'"),
+    ),
+}
 # Where vLLM takes its attention for AMX.
 OF_AMX: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "float16": (
@@ -191,6 +206,9 @@ def made_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     files.model_folder(folder / "config_hidden_1024", hidden_size=1024)
     files.model_folder(folder / "config_float16", torch_dtype="float16", dtype="float16")
     files.write_sparse(folder / "tq2_0.gguf", files.TINY_SHAPE, lambda name: "TQ2_0" if "_exps." in name else "F32")
+    for name, model in (("config_glm", "glm-4.5"), ("config_glm_air", "glm-4.5-air")):
+        files.model_folder(folder / name)
+        (folder / name / "config.json").write_text(json.dumps(MODELS[model].config))
     (folder / "bad.yaml").write_text("rules:\n  - match: 'experts$'\n    expert: gpu\n")
     (folder / "fp8.yaml").write_text("rules:\n  - match: o_proj\n    gpu_quant: fp8\n")
     (folder / "gpu.yaml").write_text("rules:\n  - layers: 1\n    experts: gpu\n")

@@ -5,13 +5,20 @@ not while parsing, so a JSON --additional-config before or after our flags loses
 """
 
 import argparse
-from typing import Any
+from typing import Any, NoReturn
 
 from kt_vllm.config import CONFIG_KEY, flag_fields
 from kt_vllm.errors import ConfigError
 
 _PREFIX = "kt_"
 _UNSET = None
+
+
+class Parser(argparse.ArgumentParser):
+    """Of our own commands: what argparse would end the process for is a ConfigError."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see {self.prog} --help)")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -10,14 +10,14 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import rich.box
 from rich.console import Console
 from rich.table import Table
 
 from kt_vllm import _native, hub
-from kt_vllm.args import add_flags, fold_flags
+from kt_vllm.args import Parser, add_flags, fold_flags
 from kt_vllm.checkpoint import CheckpointPlan
 from kt_vllm.config import CONFIG_KEY, KTConfig
 from kt_vllm.errors import ConfigError, KTError
@@ -33,13 +33,8 @@ _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message} (see {_PROGRAM} --help)")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog=_PROGRAM,
         description="Prints where each module of a model goes (cpu: host memory, computed by the executor; gpu: vLLM's "
         "own device), how many bytes it has there, and which line of which file decided. Reads headers only.",
@@ -65,7 +60,13 @@ def read_config(model: str) -> dict[str, Any]:
         seen = "is a file" if path.exists() else "does not exist"
         raise ConfigError(f"the model {model!r} {seen}; give a folder with config.json, or a Hugging Face name.")
     else:
-        file = _download_config(model)
+        fetched = hub.fetch_config(model)
+        if fetched is None:
+            raise ConfigError(
+                f"the model {model!r} is neither a path here nor a Hugging Face name such as org/name; give a folder "
+                "with config.json, or such a name."
+            )
+        file = fetched
     try:
         config = json.loads(file.read_text())
     except (OSError, ValueError) as error:
@@ -76,18 +77,6 @@ def read_config(model: str) -> dict[str, Any]:
     config = inner if isinstance(inner, dict) else config
     known = next((config[name] for name in _NUM_EXPERTS if name in config), None)
     return config | {name: config.get(name, known) for name in _NUM_EXPERTS if known is not None}
-
-
-def _download_config(model: str) -> Path:
-    from huggingface_hub import hf_hub_download  # a quarter of a second, which a folder need not wait for
-
-    try:
-        return Path(hf_hub_download(model, "config.json"))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(
-            f"config.json of {model!r} cannot be fetched ({reason}); give a folder, or a name that exists."
-        ) from None
 
 
 def _model_dtype(wish: str, config: Mapping[str, Any]) -> str:

@@ -106,20 +106,23 @@ def download(model: HubModel, cache_dir: str | None = None, token: bool | str | 
     return os.path.abspath(str(there[model.names[0]]))
 
 
-def check_config(repo: str, revision: str | None = None, token: bool | str | None = None) -> None:
-    """Fetches config.json of a model that is named by its repository, as vLLM does next in many more words.
+def fetch_config(repo: str, revision: str | None = None, token: bool | str | None = None) -> Path | None:
+    """The downloaded config.json of a model that is named by its repository; None where `repo` is no such name.
 
-    Raises HubError.
+    Raises HubError, of one sentence, where vLLM itself would take many more words.
     """
-    if is_hub_name(repo) and ":" not in repo:
-        try:
-            _asked(
-                repo, api(token), lambda hub: hub.hf_hub_download(repo, "config.json", revision=revision), "config.json"
-            )
-        except _NoNetworkError as error:
-            raise HubError(
-                f"{error}, and config.json of {repo!r} is not in the cache: connect, or give a model folder"
-            ) from None
+    if not is_hub_name(repo) or ":" in repo:
+        return None
+
+    def fetch(hub: HfApi) -> str:
+        return hub.hf_hub_download(repo, "config.json", revision=revision)
+
+    try:
+        return Path(_asked(repo, api(token), fetch, "config.json"))
+    except _NoNetworkError as error:
+        raise HubError(
+            f"{error}, and config.json of {repo!r} is not in the cache: connect, or give a model folder"
+        ) from None
 
 
 class _NoNetworkError(Exception):

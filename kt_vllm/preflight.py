@@ -8,13 +8,17 @@ import dataclasses
 import os
 from typing import TYPE_CHECKING
 
+from vllm.config import AttentionConfig
 from vllm.platforms import current_platform
+from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm.v1.attention.selector import AttentionSelectorConfig
 
 from kt_vllm import _native, compat, hub
 from kt_vllm.checkpoint import CheckpointPlan
 from kt_vllm.config import CONFIG_KEY, KTConfig
 from kt_vllm.errors import ConfigError, GGUFError
 from kt_vllm.expert_spans import host_experts
+from kt_vllm.families import FAMILIES
 from kt_vllm.gguf.reader import GGUFModel
 from kt_vllm.hf_config import CONFIG_FORMAT, config_fields
 from kt_vllm.loader import LOAD_FORMAT
@@ -25,11 +29,14 @@ from kt_vllm.placement import Placement
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.attention.backend import AttentionBackend
 
 logger = init_logger(__name__)
 
 # Speculators that load no second set of weights.
 _SPECULATORS_WITHOUT_WEIGHTS = ("ngram", "ngram_gpu", "suffix")
+# vLLM's latent attention for every CPU and type; slower than the one for AMX.
+_ANY_DTYPE_MLA = "CPU_MLA"
 # Tokens that the executor computes at once (kMaxPieceTokens in csrc/executor).
 _LONGEST_PIECE = 4096
 
@@ -47,7 +54,7 @@ def check_model_folder(engine_args: "EngineArgs") -> None:
     elif os.path.exists(model):
         seen = "is a file"
     else:
-        hub.check_config(model, engine_args.revision, engine_args.hf_token)
+        hub.fetch_config(model, engine_args.revision, engine_args.hf_token)
         seen = "does not exist" if model.startswith(("/", "./", "../", "~")) else None
     if seen:
         raise ConfigError(
@@ -114,12 +121,12 @@ def check(engine_args: "EngineArgs", config: KTConfig, model_config: "ModelConfi
     the host.
     """
     hf_config = model_config.hf_text_config
+    _refuse_dtype(engine_args, model_config)
     # Only now: what is wrong with the model argument shows before hundreds of gigabytes are downloaded.
     gguf = hub.resolve(config.gguf, engine_args.download_dir, engine_args.hf_token)
     config = dataclasses.replace(config, gguf=gguf)
-    plan = CheckpointPlan.build(
-        GGUFModel.open(config.gguf), config_fields(hf_config), with_experts=not config.no_experts
-    )
+    model, fields, with_experts = GGUFModel.open(config.gguf), config_fields(hf_config), not config.no_experts
+    plan = CheckpointPlan.build(model, fields, with_experts=with_experts)
     placement = Placement.resolve(config, plan, hf_config.num_experts_per_tok)
     config = placement.settle_executor(
         warn=lambda warning: logger.warning("kt_vllm: %s", warning),
@@ -128,12 +135,8 @@ def check(engine_args: "EngineArgs", config: KTConfig, model_config: "ModelConfi
     )
     engine_args.additional_config = {**engine_args.additional_config, CONFIG_KEY: config.to_dict()}
     isa, _ = _native.choose_isa(config.isa)
-    plan = CheckpointPlan.build(
-        GGUFModel.open(config.gguf),
-        config_fields(hf_config),
-        supported_types=_native.supported_types(isa),
-        with_experts=not config.no_experts,
-    )
+    # Only now: the rules may choose the isa.
+    plan = CheckpointPlan.build(model, fields, supported_types=_native.supported_types(isa), with_experts=with_experts)
     _log_ignored(plan)
     _refuse_placement(engine_args, placement, str(model_config.dtype).removeprefix("torch."))
     activation = getattr(hf_config, "hidden_act", "silu")
@@ -149,6 +152,44 @@ def check(engine_args: "EngineArgs", config: KTConfig, model_config: "ModelConfi
         "executor workspace": _workspace_bytes(engine_args, config, plan, hf_config.num_experts_per_tok),
     }
     check_memory(needed, available_host_memory())
+
+
+def _refuse_dtype(engine_args: "EngineArgs", model_config: "ModelConfig") -> None:
+    """Raises ConfigError for a type that vLLM itself computes wrongly in, or not at all, for this model."""
+    hf_config = model_config.hf_text_config
+    dtype = str(model_config.dtype).removeprefix("torch.")
+    seen = f"--dtype is {dtype}{' (from config.json)' if engine_args.dtype == 'auto' else ''}"
+    for family in FAMILIES.values():
+        scale = getattr(hf_config, family.float16_scale or "", 1)
+        if dtype == "float16" and hf_config.model_type in family.hf_model_types and scale != 1:
+            raise ConfigError(
+                f"{seen} and config.json has {family.float16_scale} {scale}, which vLLM's {hf_config.model_type} "
+                f"applies wrongly in float16; give --dtype bfloat16."
+            )
+    # vLLM does not ask its backend: with AMX's, float16 answers nonsense and float32 ends in a traceback.
+    if model_config.use_mla and current_platform.is_cpu():
+        backend = _latent_attention(engine_args, model_config)
+        if not backend.supports_dtype(model_config.dtype):
+            known = [str(d).removeprefix("torch.") for d in backend.supported_dtypes]
+            raise ConfigError(
+                f"{seen} and vLLM's attention backend {backend.get_name()}, which it takes for this model on this CPU, "
+                f"computes in {' or '.join(known)}; give --dtype {known[0]}, or --attention-backend {_ANY_DTYPE_MLA}."
+            )
+
+
+def _latent_attention(engine_args: "EngineArgs", model_config: "ModelConfig") -> "type[AttentionBackend]":
+    """What vLLM's workers will choose."""
+    wish = engine_args.attention_backend or engine_args.attention_config.backend
+    selector = AttentionSelectorConfig(
+        head_size=model_config.get_head_size(),
+        dtype=model_config.dtype,
+        kv_cache_dtype=None,
+        block_size=None,
+        use_mla=True,
+    )
+    return resolve_obj_by_qualname(
+        current_platform.get_attn_backend_cls(AttentionConfig.validate_backend_before(wish), selector)
+    )
 
 
 def _refuse_placement(engine_args: "EngineArgs", placement: Placement, dtype: str) -> None:

@@ -5,11 +5,12 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from tqdm import tqdm
 
 from kt_vllm import _native
+from kt_vllm.args import Parser
 from kt_vllm.bench.layer import LoadedLayer, busy_neighbour, make_weights, measure_tokens
 from kt_vllm.bench.machine import available_bytes, dram_buffer_bytes, measure_limits
 from kt_vllm.bench.report import machine_json, make_console, print_header, print_table, tokens_json
@@ -19,13 +20,8 @@ from kt_vllm.errors import ConfigError, KTError, ResourceError
 _PROGRAM = "kt-vllm bench layer"
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message} (see {_PROGRAM} --help)")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog=_PROGRAM,
         description="Times one MoE layer in the CPU executor, with random weights and uniformly random routing, beside "
         "what this machine can do at best. Needs no model and no vLLM. The default shape is DeepSeek-R1's.",

@@ -4,6 +4,7 @@ from kt_vllm.families.schema import (
     BLOCKS_WITH_MTP,
     COMMON_CHECKS,
     EMBEDDINGS,
+    GROUPED_EXPERTS_CHECKS,
     MTP,
     ModelFamily,
     MoELayers,
@@ -19,15 +20,7 @@ FAMILY = ModelFamily(
     checks=(
         *COMMON_CHECKS,
         BLOCKS_WITH_MTP,
-        field("expert_count", "n_routed_experts", required=True),
-        field("expert_feed_forward_length", "moe_intermediate_size", required=True),
-        field("expert_shared_count", "n_shared_experts"),
-        field("expert_group_count", "n_group"),
-        field("expert_group_used_count", "topk_group"),
-        field("expert_weights_norm", "norm_topk_prob"),
-        field("expert_weights_scale", "routed_scaling_factor"),
-        field("leading_dense_block_count", "first_k_dense_replace"),
-        field("feed_forward_length", "intermediate_size"),
+        *GROUPED_EXPERTS_CHECKS,
         field("attention.head_count_kv", "num_key_value_heads", required=True),
         field("attention.key_length", "head_dim"),
     ),
@@ -61,4 +54,6 @@ FAMILY = ModelFamily(
     ),
     ignored=(("nextn.", MTP),),
     mtp_reason=MTP,
+    # There vLLM divides the shared experts by it, so that sums stay small, and only DeepSeek's layers make up for that.
+    float16_scale="routed_scaling_factor",
 )

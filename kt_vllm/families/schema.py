@@ -96,7 +96,8 @@ class ModelFamily:
     """One `general.architecture`. See the classes above for what each part means.
 
     ignored: tensors no parameter stands for, with the reason a user is told; a name ending in "." stands for all that
-    begin with it. mtp_reason: why layers from num_layers on are left out (None: they are an error).
+    begin with it. mtp_reason: why layers from num_layers on are left out (None: they are an error). float16_scale: the
+    config.json field whose value vLLM's model loses in float16, unless it is 1.
     """
 
     gguf_architecture: str
@@ -110,6 +111,7 @@ class ModelFamily:
     needs: tuple[NeedsSetting, ...] = ()
     ignored: tuple[tuple[str, str], ...] = ()
     mtp_reason: str | None = None
+    float16_scale: str | None = None
     output: str = "lm_head.weight"  # not a parameter of its own where config.json has tie_word_embeddings
     layer_prefix: str = "model.layers.{layer}."
 
@@ -150,6 +152,19 @@ COMMON_CHECKS = (
     field("expert_used_count", "num_experts_per_tok", required=True),
     field("vocab_size", "vocab_size", required=True),
     field("attention.head_count", "num_attention_heads", required=True),
+)
+
+# Of families with DeepSeek-V3's way of choosing experts: in groups, beside shared ones, after some dense layers.
+GROUPED_EXPERTS_CHECKS = (
+    field("expert_count", "n_routed_experts", required=True),
+    field("expert_feed_forward_length", "moe_intermediate_size", required=True),
+    field("expert_shared_count", "n_shared_experts"),
+    field("expert_group_count", "n_group"),
+    field("expert_group_used_count", "topk_group"),
+    field("expert_weights_norm", "norm_topk_prob"),
+    field("expert_weights_scale", "routed_scaling_factor"),
+    field("leading_dense_block_count", "first_k_dense_replace"),
+    field("feed_forward_length", "intermediate_size"),
 )
 
 # GGUF's expert_gating_func.

@@ -18,6 +18,7 @@ from tests import gguf_files as files
 from tests import hub_server
 from tests.e2e.score import GGUF, MODEL_DIR
 from tests.e2e.server import free_port
+from tests.zoo.models import MODELS
 
 pytestmark = pytest.mark.e2e
 
@@ -153,6 +154,36 @@ REFUSED: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "no config.json": ("@/empty", WEIGHTS, ("empty' has no config.json", "give the folder")),
     "model is a file": (str(GGUF), WEIGHTS, ("Q4_K_M.gguf' is a file", "give the folder")),
 }
+REFUSED |= {
+    "float16 and a scale": (
+        "@/config_glm",
+        (*WEIGHTS, "--dtype", "float16"),
+        ("--dtype is float16 and", "routed_scaling_factor 2.5", "glm4_moe applies wrongly", "give --dtype bfloat16"),
+    ),
+    # Not for their type.
+    "bfloat16 and a scale": ("@/config_glm", WEIGHTS, ("architecture 'deepseek2'", "model_type 'glm4_moe'")),
+    "float16 and no scale": (
+        "@/config_glm_air",
+        (*WEIGHTS, "--dtype", "float16"),
+        ("architecture 'deepseek2'", "model_type 'glm4_moe'"),
+    ),
+}
+# Where vLLM takes its attention for AMX.
+OF_AMX: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
+    "float16": (
+        MODEL,
+        (*WEIGHTS, "--dtype", "float16"),
+        ("--dtype is float16 and", "AMX_MLA", "computes in bfloat16", "give --dtype bfloat16, or --attention-backend"),
+    ),
+    "float16 in config.json": (
+        "@/config_float16",
+        WEIGHTS,
+        ("--dtype is float16 (from config.json)", "computes in bfloat16"),
+    ),
+    "float32": (MODEL, (*WEIGHTS, "--dtype", "float32"), ("--dtype is float32 and", "give --dtype bfloat16")),
+}
+REFUSED |= OF_AMX
+OTHER_ATTENTION = (*WEIGHTS, "--attention-backend", "CPU_MLA", "--dtype")
 ISA_ERRORS = {"isa lacking": NO_AVX2}
 # Through the whole program as well: before and after config.json is read, and where vLLM starts several servers.
 WHOLE = ("missing path", "hidden size", "memory", "data parallel", "no model folder")
@@ -173,7 +204,11 @@ def made_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     files.model_folder(folder / "config_32_experts", n_routed_experts=32)
     files.model_folder(folder / "config_hidden_1024", hidden_size=1024)
+    files.model_folder(folder / "config_float16", torch_dtype="float16", dtype="float16")
     files.write_sparse(folder / "tq2_0.gguf", files.TINY_SHAPE, lambda name: "TQ2_0" if "_exps." in name else "F32")
+    for name, model in (("config_glm", "glm-4.5"), ("config_glm_air", "glm-4.5-air")):
+        files.model_folder(folder / name)
+        (folder / name / "config.json").write_text(json.dumps(MODELS[model].config))
     (folder / "bad.yaml").write_text("rules:\n  - match: 'experts$'\n    expert: gpu\n")
     (folder / "fp8.yaml").write_text("rules:\n  - match: o_proj\n    gpu_quant: fp8\n")
     (folder / "gpu.yaml").write_text("rules:\n  - layers: 1\n    experts: gpu\n")
@@ -199,6 +234,7 @@ def ended(made_files: Path) -> dict[str, dict[str, Any]]:
     """How each case ended in engine_configs.py."""
     cases = {name: (model, flags) for name, (model, flags, _) in REFUSED.items()}
     cases["many threads"] = (MODEL, (*WEIGHTS, "--kt-cpu-infer", str(MANY_THREADS)))
+    cases |= {f"CPU_MLA {dtype}": (MODEL, (*OTHER_ATTENTION, dtype)) for dtype in ("float16", "float32")}
     cases |= {isa: (MODEL, (*WEIGHTS, "--kt-isa", isa)) for isa in _native.available_isas()}
     wanted = [
         {"name": name, "arguments": _command(made_files, *case), "isa_error": ISA_ERRORS.get(name)}
@@ -229,7 +265,7 @@ def check_sentence(sentence: object, parts: tuple[str, ...]) -> None:
         assert part in sentence, sentence
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.amx if n in OF_AMX else ()) for n in REFUSED])
 def test_refused_before_an_engine_starts(name: str, ended: dict[str, dict[str, Any]]) -> None:
     # A string in SystemExit is printed as the last line, and the exit code is 1.
     assert "exit" in ended[name], ended[name]
@@ -239,6 +275,11 @@ def test_refused_before_an_engine_starts(name: str, ended: dict[str, dict[str, A
 @pytest.mark.parametrize("isa", _native.available_isas())
 def test_every_isa_of_this_cpu_is_taken(isa: str, ended: dict[str, dict[str, Any]]) -> None:
     assert ended[isa].get("config", {}).get("kt", {}).get("isa") == isa, ended[isa]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_every_type_is_taken_with_the_attention_that_has_it(dtype: str, ended: dict[str, dict[str, Any]]) -> None:
+    assert "config" in ended[f"CPU_MLA {dtype}"], ended[f"CPU_MLA {dtype}"]
 
 
 def test_more_threads_than_cpus_is_a_warning(ended: dict[str, dict[str, Any]]) -> None:

@@ -1,6 +1,5 @@
 """`kt-vllm explain`: on the shipped model, on DeepSeek-R1's headers, and its refusals."""
 
-import importlib.util
 import json
 import resource
 import subprocess
@@ -135,6 +134,8 @@ def test_what_the_engine_would_refuse_is_shown(tiny_model: Path, tiny_gguf: Path
         (("/none", "--kt-gguf", "@g"), ("the model '/none' does not exist",)),
         (("@g", "--kt-gguf", "@g"), ("is a file; give a folder with config.json",)),
         (("@t", "--kt-gguf", "@g"), ("has no config.json",)),
+        (("nowhere", "--kt-gguf", "@g"), ("'nowhere' is neither a path here nor a Hugging Face name", "give a folder")),
+        (("a/b:Q8_0", "--kt-gguf", "@g"), ("'a/b:Q8_0' is neither a path here nor a Hugging Face name",)),
         (("@m", "--kt-gguf", "/none.gguf"), ("does not exist",)),
         (("@m", "--kt-gguf", "acme/R1:Q4_K_M"), ("acme/R1:Q4_K_M is no path here", "give its path")),
         (("@m", "--kt-gguf", "@g", "--kt-rules", "/none.yaml"), ("--kt-rules /none.yaml cannot be read",)),
@@ -163,8 +164,6 @@ def test_refused_in_one_sentence(
 
 def test_the_wheel_has_the_rules(tmp_path: Path) -> None:
     """What `pip install .` puts beside the modules; an editable install reads the checkout's."""
-    if importlib.util.find_spec("setuptools") is None:
-        pytest.skip("setuptools is not installed")
     command = [sys.executable, "setup.py", "-q", "egg_info", "-e", str(tmp_path), "build_py", "-d", str(tmp_path)]
     subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     built = sorted(path.name for path in (tmp_path / "kt_vllm" / "shipped_rules").iterdir())

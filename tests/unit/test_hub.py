@@ -11,6 +11,7 @@ from huggingface_hub import HfApi, constants
 
 from kt_vllm import hub as kt_hub
 from kt_vllm.errors import HubError
+from kt_vllm.explain import read_config
 from kt_vllm.gguf import GGUFModel
 from tests import gguf_files as files
 from tests import hub_server
@@ -216,22 +217,24 @@ def test_config_of_a_model_on_the_hub(
     (tmp_path / "model" / "config.json").write_text("{}")
     (tmp_path / "model" / "model.safetensors").write_bytes(b"large")
     hub.repos["acme/model"] = tmp_path / "model"
-    kt_hub.check_config("acme/model")
+    fetched = kt_hub.fetch_config("acme/model")
+    assert fetched is not None and fetched.name == "config.json" and fetched.read_text() == "{}"
     assert [path.rsplit("/")[-1] for path in hub.asked_for("GET", "resolve")] == ["config.json"]
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    kt_hub.check_config("acme/model")  # from the cache
-    for name in ("/m", "./m", "gpt2", "s3://bucket/model", "model"):
-        kt_hub.check_config(name)  # not asked for: another's business
+    assert kt_hub.fetch_config("acme/model") == fetched  # from the cache
+    assert read_config("acme/model") == {}  # as `kt-vllm explain` does
+    for name in ("/m", "./m", "gpt2", "s3://bucket/model", "model", "acme/model:Q4_K_M"):
+        assert kt_hub.fetch_config(name) is None  # not asked for: another's business
     with pytest.raises(HubError, match=r"config.json of 'acme/other' is not in the cache: connect, or give a model"):
-        kt_hub.check_config("acme/other")
+        kt_hub.fetch_config("acme/other")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     with pytest.raises(HubError, match=r"'acme/none' has no config.json: give one that has"):
-        kt_hub.check_config("acme/none")
+        kt_hub.fetch_config("acme/none")
     with pytest.raises(HubError, match=r"'acme/other' is neither a path here nor a repository of http"):
-        kt_hub.check_config("acme/other")
+        kt_hub.fetch_config("acme/other")
     hub.gated.add("acme/One.GGUF")
     with pytest.raises(HubError, match=r"'acme/One.GGUF' is gated: accept its terms"):
-        kt_hub.check_config("acme/One.GGUF")
+        kt_hub.fetch_config("acme/One.GGUF")
 
 
 def test_no_room(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

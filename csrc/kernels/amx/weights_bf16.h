@@ -20,7 +20,8 @@ using WeightTiles = WeightTile[kSteps][2];  // [step][panel]
 // A code in the low bits of a float16 is code * 2^-24, a subnormal number, which AVX512-FP16 computes with at full
 // speed: one FMA makes it a weight, with scale and min relative to the row's largest of 256 k. Halves become bfloat16
 // by moving the bits and adding to the exponent that largest scale's. Mantissas are cut, not rounded, which kMeanCut
-// makes up for on average; results that are subnormal come out wrong, by at most 2^-14 of what a code can reach.
+// makes up for on average; results that are subnormal come out wrong, by at most about 2^-12 of the row's largest
+// weight of the 256 (2^-10 for types whose codes use less of a byte, such as Q2_K).
 template <class Unpack>
 struct Maker {
   // Codes are moved up in their bytes as far as they go: that much more range for the exponents of the results.
@@ -47,8 +48,8 @@ struct Maker {
 
   // num_k weights from k on, whole blocks, to tiles[..][which].
   inline void make(const uint8_t* panel, int k, int num_k, WeightTiles& tiles, int which) {
-    unpack_chunk<Unpack, false>(panel + static_cast<size_t>(k / Unpack::kBlock) * kPanelRows * Unpack::kBlockBytes,
-                                num_k, codes);
+    unpack_chunk<Unpack>(panel + static_cast<size_t>(k / Unpack::kBlock) * kPanelRows * Unpack::kBlockBytes, num_k,
+                         codes);
     const int num_groups = num_k / Unpack::kGroup;
     Floats largest = splat_float(0x1p-110f);
     __mmask16 finite = 0xffff;

@@ -14,24 +14,17 @@ namespace {
 constexpr int kGroupK = 32;  // an activation block
 constexpr int kMaxTokens =
     64;  // tokens that share one unpacking; their sums, 4 KiB a panel, stay in the first level cache
-constexpr int kPrefetchBytes = 4096;  // how far ahead of unpack_chunk() weights are asked for
-// The same of the vector GEMM, into the second level cache. 16 threads, one token, from DRAM, in one run: against this,
-// 2048 to 8192 into the first level ran at 0.85 to 0.95, 8192 and 32768 into the second at 0.97 and 0.94, none at 0.7.
+// How far ahead weights are asked for, into the second level cache. 16 threads, one token, from DRAM, in one run:
+// against this, 2048 to 8192 into the first level ran at 0.85 to 0.95, 8192 and 32768 into the second at 0.97 and 0.94,
+// none at 0.7.
 constexpr size_t kFarPrefetchBytes = 16384;
 
 using Sums = float[kMaxTokens][kPanelRows];
 
-template <class Unpack, bool kPrefetch = true>
+template <class Unpack>
 inline void unpack_chunk(const uint8_t* panel_blocks, int num_k, Codes& codes) {
   constexpr size_t kPanelBlockBytes = size_t{kPanelRows} * Unpack::kBlockBytes;
-  for (int b = 0; b < num_k / Unpack::kBlock; ++b) {
-    const uint8_t* block = panel_blocks + b * kPanelBlockBytes;
-    const uintptr_t ahead = reinterpret_cast<uintptr_t>(block) + kPrefetchBytes;  // may lie past the end of the tensor
-    if constexpr (kPrefetch)
-      for (size_t i = 0; i < kPanelBlockBytes; i += 64)
-        _mm_prefetch(reinterpret_cast<const char*>(ahead + i), _MM_HINT_T0);
-    Unpack::unpack(block, codes, b);
-  }
+  for (int b = 0; b < num_k / Unpack::kBlock; ++b) Unpack::unpack(panel_blocks + b * kPanelBlockBytes, codes, b);
 }
 
 // Asks for the weights of group g of the chunk at `ahead`: a few lines between the computations of each group, as more
@@ -215,7 +208,7 @@ inline void multiply_panels(const GemmParams& p, int row, int first, int num_tok
     const int num_groups = num_k / kGroupK;
     const size_t offset = static_cast<size_t>(k / Unpack::kBlock) * kPanelRows * Unpack::kBlockBytes;
     for (int panel = 0; panel < kPanels; ++panel)
-      unpack_chunk<Unpack, false>(panels + panel * p.panel_bytes + offset, num_k, codes[panel]);
+      unpack_chunk<Unpack>(panels + panel * p.panel_bytes + offset, num_k, codes[panel]);
     Tile tile{codes, num_groups, x, sums, 0, {}};
     for (int panel = 0; panel < kPanels; ++panel) tile.ahead[panel] = far_ahead<kPanels>(p, row, panel, offset);
     for (; tile.token + kTokenTile <= num_tokens; tile.token += kTokenTile, tile.x += kTokenTile) {

@@ -59,6 +59,8 @@ def test_every_flag_is_a_field_with_help() -> None:
         "numa",
         "rules",
         "num_experts_per_tok",
+        "handover",
+        "no_experts",
     ]
     assert all(field.metadata["help"] for field in flag_fields())
 

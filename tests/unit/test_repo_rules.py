@@ -176,9 +176,9 @@ def test_importing_the_package_needs_neither_vllm_nor_torch() -> None:
 
 
 def _stub_names(body: list[ast.stmt]) -> set[str]:
-    return {
-        node.name for node in body if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_")
-    }
+    names = {node.name for node in body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+    names |= {ast.unparse(node.target) for node in body if isinstance(node, ast.AnnAssign)}
+    return {name for name in names if not name.startswith("_")}
 
 
 def test_stub_equals_extension() -> None:

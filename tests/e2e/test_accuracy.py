@@ -77,6 +77,22 @@ def test_reference_isa_two_threads_and_small_batches() -> None:
         assert log.count(once) == 1, once
 
 
+def test_hand_over_to_a_coordinator() -> None:
+    """As on a device, but for its kernels: the host plays the stream, in pieces of 300 tokens."""
+    process = subprocess.run(
+        [sys.executable, "-m", "tests.e2e.handover_on_host"],
+        cwd=SCORE.parents[2],
+        capture_output=True,
+        text=True,
+        timeout=420,
+        check=False,
+    )
+    log = process.stdout + process.stderr
+    lines = [line for line in process.stdout.splitlines() if line.startswith("SCORE ")]
+    assert process.returncode == 0 and lines, log[-6000:]
+    assert_exact_enough(json.loads(lines[-1].removeprefix("SCORE ")))
+
+
 def test_eager_with_a_quantization_config_in_the_model_folder(tmp_path: Path) -> None:
     """DeepSeek-R1's config.json announces fp8 weights, for which vLLM's CPU platform has no kernels at all."""
     model = tmp_path / "model"

@@ -26,8 +26,8 @@ struct CoordinatorOptions {
   int hidden_size = 0;
   int max_tokens = 0;            // of a slot
   std::vector<int> worker_cpus;  // not for the coordinator, who would take the time from a worker
-  int64_t watchdog_ns = 0;       // a call that takes longer is lost
-  // Called once, from a thread of the coordinator, with a sentence. None: end_process().
+  int64_t watchdog_ns = 0;       // a call that takes longer is lost; time while the process is stopped does not count
+  // Called at most once, from a thread of the coordinator, with a sentence; must not throw. None: end_process().
   std::function<void(const std::string&)> on_failure;
 };
 
@@ -45,14 +45,16 @@ inline constexpr int64_t kStepGapNanoseconds = 20'000'000;
 inline constexpr int64_t kStepSpinNanoseconds = 2'000'000;
 
 // From construction to destruction nobody else may call the executor. It spins while calls come, and takes naps
-// otherwise: 50 us at first, half a millisecond after 100 ms.
+// otherwise: 50 us at first, 2.5 ms after 100 ms.
 class Coordinator {
  public:
-  // executor null: no routed experts; every call is answered at once, and its output left as it is.
+  // executor null: no routed experts; every call is answered at once, and its output left as it is. The slots, and what
+  // they point to, must outlive the coordinator. A request that is already there is answered.
+  // Throws kt::Error where an option cannot be, or no thread be created.
   Coordinator(MoEExecutor* executor, CoordinatorOptions options);
   ~Coordinator() { close(); }
 
-  // Answers what has been asked, then stops; the executor is free again. Idempotent.
+  // Answers what has been asked, then stops; the executor is free again. Idempotent; one thread at a time.
   void close();
 
   CoordinatorStats stats() const;  // any thread

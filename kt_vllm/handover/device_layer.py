@@ -64,6 +64,8 @@ class Handover:
         # Before that of the executor, which was made first.
         self._finalizer = weakref.finalize(self, self.coordinator.close)
         self.way = self._choose(way)
+        for slot in self.slots:  # without an executor nobody overwrites what the test left
+            slot.output.zero_()
 
     def layer_handle(self, number: int, top_k: int) -> "DeviceLayerHandle":
         """Of the layer at this place of `layers`."""
@@ -107,8 +109,10 @@ class Handover:
                 problem = self._echo(way, *call)
                 if problem:
                     return problem
-        except (RuntimeError, OSError) as error:
-            return str(error)
+        except ResourceError:
+            raise
+        except Exception as error:  # of the driver, or of one of the compilers between Triton and it
+            return str(error) or type(error).__name__
         return None
 
     def _echo(self, way: Way, slot: Slot, num_tokens: int, top_k: int, with_padding: bool) -> str | None:
@@ -118,12 +122,13 @@ class Handover:
         weights = torch.rand(num_tokens, top_k, device=device)
         padding = torch.rand(num_tokens, device=device) < 0.5 if with_padding else None
         output = torch.full_like(rows, float("nan"))
+        sequence = slot.last_request() + 1
         way.send(slot, _native.ECHO_LAYER, rows, weights, ids, padding)
         way.receive(slot, output)
         done = torch.cuda.Event()
         done.record()
         if not _finished(done):
-            return self._give_up(slot, done)
+            return self._give_up(slot, done, sequence)
         expected_ids = ids if padding is None else ids.masked_fill(padding[:, None], -1)
         for what, seen, expected in (
             ("hidden states", output, rows),
@@ -134,15 +139,18 @@ class Handover:
                 return f"{what} of {num_tokens} tokens came back changed"
         return None
 
-    def _give_up(self, slot: Slot, done: torch.cuda.Event) -> str:
-        """Frees the device, which waits for a reply; says what hung."""
-        arrived = int(slot.request.item()) >> 32 == int(slot.reply.item())
-        slot.reply.add_(1)
+    def _give_up(self, slot: Slot, done: torch.cuda.Event, sequence: int) -> str:
+        """Frees the device, which waits for the reply to this request; says what hung."""
+        arrived = slot.last_request() == sequence
+        slot.reply.fill_(sequence)
         if not _finished(done):
             raise ResourceError(
                 "the device sees nothing that the host writes to pinned memory, and waits for it: this machine cannot "
                 "serve with --kt-gguf."
             )
+        # Both sides agree again: the next way's first reply must not be there already.
+        slot.reply.fill_(slot.last_request())
+        slot.restore_device_words()
         return "the device did not see the reply" if arrived else "the request of the device did not arrive"
 
 
@@ -196,7 +204,6 @@ class DeviceLayerHandle:
 
 
 def _finished(event: torch.cuda.Event) -> bool:
-
     deadline = time.monotonic() + _TEST_SECONDS
     while not event.query():
         if time.monotonic() > deadline:

@@ -44,6 +44,10 @@ class Slot:
         tensors = (self.request, self.hidden_states, self.topk_ids, self.topk_weights, self.output)
         return tuple(tensor.data_ptr() for tensor in tensors)
 
+    def last_request(self) -> int:
+        """The sequence number of the last request that arrived, as a signed number: what its reply is."""
+        return int(self.request.item()) >> 32
+
     def restore_device_words(self) -> None:
         """After the device's memory was discarded (sleep level 2): as they were while nothing is in flight."""
         self.sent.copy_(self.reply)

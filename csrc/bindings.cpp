@@ -212,6 +212,7 @@ PYBIND11_MODULE(_native, m) {
                                result["between_ns"] = stats.between_ns;
                                return result;
                              })
+      .def("wake", &kt::Coordinator::wake)
       .def("stop_answering", &kt::Coordinator::stop_answering)
       .def("close", &kt::Coordinator::close, Unlocked());
 

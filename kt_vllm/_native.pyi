@@ -88,12 +88,14 @@ class Coordinator:
     ) -> None:
         """slots: addresses of mailbox, hidden states, ids, weights and output. layers: (executor's number, top_k).
 
-        executor None answers all calls at once and leaves the output as it is. on_failure: gets a sentence, from a
-        thread of the coordinator, instead of the end of the process.
+        executor None answers all calls at once and leaves the output as it is. on_failure: gets a sentence, in a thread
+        of its own, some seconds before the process ends.
         """
     @property
     def stats(self) -> dict[str, int]:
         """num_calls, num_tokens, executor_ns, between_ns: CoordinatorStats."""
+    def wake(self) -> None:
+        """Calls are about to come."""
     def stop_answering(self) -> None:
         """For tests: from now on no call is answered."""
     def close(self) -> None:

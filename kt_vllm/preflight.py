@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 logger = init_logger(__name__)
 
+# Not imported here: that would load vLLM's worker in the process that the user started.
+_WORKER_CLASS = "kt_vllm.worker.KTWorker"
+
 # Speculators that load no second set of weights.
 _SPECULATORS_WITHOUT_WEIGHTS = ("ngram", "ngram_gpu", "suffix")
 # vLLM's latent attention for every CPU and type; slower than the one for AMX.
@@ -76,6 +79,8 @@ def prepare(engine_args: "EngineArgs") -> KTConfig | None:
         GGUFModel.open(config.gguf)
     engine_args.load_format = LOAD_FORMAT
     engine_args.config_format = CONFIG_FORMAT
+    if current_platform.is_cuda() and engine_args.worker_cls == "auto":
+        engine_args.worker_cls = _WORKER_CLASS
     if current_platform.is_cpu() and compat.disable_cpu_rotary_op(engine_args.compilation_config):
         logger.info(
             "kt_vllm: using vLLM's torch rotary embedding; its CPU op is wrong for interleaved RoPE in eager mode."

@@ -23,12 +23,13 @@ namespace {
 
 constexpr int kPausesPerClockRead = 16;
 constexpr int64_t kCallSpinNanoseconds = 2 * kStepSpinNanoseconds;
-// Going to sleep and waking up takes 20 us of CPU time in a virtual machine, so that the long nap costs it 0.8 %; it
-// delays the first token after a pause by half of it.
-constexpr int64_t kNapNanoseconds = 50'000, kLongNapNanoseconds = 2'500'000;
-constexpr int64_t kShortNapsNanoseconds = 100'000'000;
+constexpr int64_t kNapNanoseconds = 50'000;
+constexpr int64_t kNapsNanoseconds = 100'000'000;
+// Going to sleep and waking up takes 20 us of CPU time in a virtual machine: 0.1 % of it.
+constexpr int64_t kSleepNanoseconds = 20'000'000;
 constexpr int64_t kWatchNanoseconds = 50'000'000;
-constexpr int64_t kReleaseNanoseconds = 500'000'000;
+// From telling to releasing the device: who is told should know first. And from there to the end, where nobody is told.
+constexpr int64_t kTellNanoseconds = 200'000'000, kReleaseNanoseconds = 500'000'000;
 constexpr int kStderrMilliseconds = 1000;
 
 void nap(int64_t nanoseconds) { std::this_thread::sleep_for(std::chrono::nanoseconds(nanoseconds)); }
@@ -76,8 +77,6 @@ Coordinator::Coordinator(MoEExecutor* executor, CoordinatorOptions options)
              alignof(Mailbox), " bytes");
     answered_.push_back(slot.mailbox->reply.load(std::memory_order_relaxed));
   }
-  if (!options_.on_failure)
-    options_.on_failure = [this](const std::string& sentence) { end_process(options_.slots, sentence); };
   sigset_t all, before;  // signals are for the threads of the process that expect them
   sigfillset(&all);
   for (int fault : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP}) sigdelset(&all, fault);
@@ -109,6 +108,8 @@ void Coordinator::main() {
   prctl(PR_SET_TIMERSLACK, 1);  // naps as short as asked for; the default adds 50 us
   leave_cpus(options_.worker_cpus);
   last_reply_ns_ = now_ns();
+  uint32_t wakes = wakes_.value();
+  int64_t busy_ns = last_reply_ns_;  // when there last was a call, or was one to come
   while (true) {
     bool found = false;
     for (int i = 0; i < kPausesPerClockRead && !found; ++i) {
@@ -121,8 +122,14 @@ void Coordinator::main() {
       }
       return;
     }
-    const int64_t idle = now_ns() - last_reply_ns_;
-    if (idle > kCallSpinNanoseconds) nap(idle < kShortNapsNanoseconds ? kNapNanoseconds : kLongNapNanoseconds);
+    const int64_t now = now_ns();
+    const uint32_t seen = wakes_.value();
+    busy_ns = seen == wakes ? std::max(busy_ns, last_reply_ns_) : now;
+    wakes = seen;
+    if (now - busy_ns > kNapsNanoseconds)
+      wakes_.sleep_until_change(wakes, kSleepNanoseconds);
+    else if (now - busy_ns > kCallSpinNanoseconds)
+      nap(kNapNanoseconds);
   }
 }
 
@@ -205,20 +212,29 @@ void Coordinator::watch() {
 }
 
 void Coordinator::fail_once(const std::string& sentence) {
-  if (!failed_.exchange(true)) options_.on_failure(sentence);
-}
-
-void end_process(const std::vector<MailboxSlot>& slots, const std::string& sentence) {
+  if (failed_.exchange(true)) return;
   const std::string line = "kt_vllm: error: " + sentence + "\n";
   // A pipe that nobody reads must not keep the process, and with it the device. A short line fits where poll() says so.
   pollfd output{.fd = STDERR_FILENO, .events = POLLOUT, .revents = 0};
   if (poll(&output, 1, kStderrMilliseconds) == 1) [[maybe_unused]]
     const ssize_t written = write(STDERR_FILENO, line.data(), std::min<size_t>(line.size(), PIPE_BUF));
-  for (const int64_t deadline = now_ns() + kReleaseNanoseconds; now_ns() < deadline; nap(kNapNanoseconds))
-    for (const MailboxSlot& slot : slots)
-      slot.mailbox->reply.store(sequence_of(slot.mailbox->request.load(std::memory_order_acquire)),
-                                std::memory_order_release);
+  int64_t left = kReleaseNanoseconds;
+  if (options_.on_failure) {
+    std::thread(options_.on_failure, sentence).detach();  // it may wait for locks of threads that wait for the device
+    nap(kTellNanoseconds);
+    left = kGraceNanoseconds;
+  }
+  for (const int64_t deadline = now_ns() + left; now_ns() < deadline; nap(kNapNanoseconds)) {
+    if (stopping_.load(std::memory_order_acquire)) return;
+    release();
+  }
   _exit(1);
+}
+
+void Coordinator::release() {
+  for (const MailboxSlot& slot : options_.slots)
+    slot.mailbox->reply.store(sequence_of(slot.mailbox->request.load(std::memory_order_acquire)),
+                              std::memory_order_release);
 }
 
 }  // namespace kt

@@ -10,6 +10,7 @@
 
 #include "executor/moe_executor.h"
 #include "handover/mailbox.h"
+#include "numa/event_count.h"
 
 namespace kt {
 
@@ -27,7 +28,8 @@ struct CoordinatorOptions {
   int max_tokens = 0;            // of a slot
   std::vector<int> worker_cpus;  // not for the coordinator, who would take the time from a worker
   int64_t watchdog_ns = 0;       // a call that takes longer is lost; time while the process is stopped does not count
-  // Called at most once, from a thread of the coordinator, with a sentence; must not throw. None: end_process().
+  // Called at most once, from a thread of its own, with a sentence that stderr has got; must not throw. It may end the
+  // process in its own way, with close(), within kGraceNanoseconds.
   std::function<void(const std::string&)> on_failure;
 };
 
@@ -44,8 +46,13 @@ inline constexpr int64_t kStepGapNanoseconds = 20'000'000;
 // layer to the next of a decode step (0.1 to 0.5 ms), since waking them costs some 50 us a layer.
 inline constexpr int64_t kStepSpinNanoseconds = 2'000'000;
 
-// From construction to destruction nobody else may call the executor. It spins while calls come, and takes naps
-// otherwise: 50 us at first, 2.5 ms after 100 ms.
+inline constexpr int64_t kGraceNanoseconds = 10'000'000'000;
+
+// From construction to destruction nobody else may call the executor. It spins while calls come, takes naps of 50 us
+// after, and sleeps when there were none for 100 ms; wake() ends that, or else the first call finds it within 20 ms.
+//
+// A call that it cannot answer, or not in time, ends the process with status 1: it says so on stderr, tells on_failure,
+// and answers everything from then on with what is there, so that nothing on the device waits for ever.
 class Coordinator {
  public:
   // executor null: no routed experts; every call is answered at once, and its output left as it is. The slots, and what
@@ -56,6 +63,8 @@ class Coordinator {
 
   // Answers what has been asked, then stops; the executor is free again. Idempotent; one thread at a time.
   void close();
+
+  void wake() { wakes_.advance(); }  // calls are about to come; any thread
 
   CoordinatorStats stats() const;  // any thread
 
@@ -68,11 +77,13 @@ class Coordinator {
   bool look();  // at each slot once; true when there was a request
   void answer(const MailboxSlot& slot, uint64_t request);
   void fail_once(const std::string& sentence);
+  void release();
 
   MoEExecutor* executor_;
   CoordinatorOptions options_;
   std::vector<uint32_t> answered_;  // [slots]
   int64_t last_reply_ns_ = 0;
+  EventCount wakes_;
 
   std::atomic<bool> stopping_{false};
   std::atomic<bool> deaf_{false};
@@ -81,9 +92,5 @@ class Coordinator {
   std::thread thread_;
   std::thread watchdog_;
 };
-
-// Says the sentence on stderr, answers all requests for a moment, so that nothing on the device waits for ever, and
-// ends the process with status 1: vLLM's other processes then end too.
-[[noreturn]] void end_process(const std::vector<MailboxSlot>& slots, const std::string& sentence);
 
 }  // namespace kt

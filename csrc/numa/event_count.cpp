@@ -6,14 +6,15 @@
 
 #include <chrono>
 #include <climits>
+#include <ctime>
 
 namespace kt {
 namespace {
 
 static_assert(sizeof(std::atomic<uint32_t>) == sizeof(uint32_t), "the kernel reads the counter as a plain 32-bit word");
 
-void futex_wait(std::atomic<uint32_t>* word, uint32_t expected) {
-  syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, expected, nullptr, nullptr, 0);
+void futex_wait(std::atomic<uint32_t>* word, uint32_t expected, const timespec* timeout = nullptr) {
+  syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, expected, timeout, nullptr, 0);
 }
 
 void futex_wake_all(std::atomic<uint32_t>* word) {
@@ -54,6 +55,14 @@ uint32_t EventCount::wait_change(uint32_t seen, int64_t spin_ns) {
   while ((value = value_.load(std::memory_order_seq_cst)) == seen) futex_wait(&value_, seen);
   sleepers_.fetch_sub(1, std::memory_order_relaxed);
   return value;
+}
+
+uint32_t EventCount::sleep_until_change(uint32_t seen, int64_t timeout_ns) {
+  const timespec timeout{timeout_ns / 1'000'000'000, timeout_ns % 1'000'000'000};
+  sleepers_.fetch_add(1, std::memory_order_seq_cst);
+  if (value_.load(std::memory_order_seq_cst) == seen) futex_wait(&value_, seen, &timeout);
+  sleepers_.fetch_sub(1, std::memory_order_relaxed);
+  return value();
 }
 
 }  // namespace kt

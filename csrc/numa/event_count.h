@@ -24,6 +24,9 @@ class alignas(64) EventCount {
   // Returns the value once it differs from `seen`. Any thread. spin_ns 0 sleeps at once.
   uint32_t wait_change(uint32_t seen, int64_t spin_ns);
 
+  // Sleeps, without spinning, until the value differs from `seen` or about timeout_ns have passed. Returns the value.
+  uint32_t sleep_until_change(uint32_t seen, int64_t timeout_ns);
+
  private:
   std::atomic<uint32_t> value_{0};
   std::atomic<uint32_t> sleepers_{0};

@@ -1,6 +1,8 @@
 """The executor as a layer on the device sees it: the same submit() and wait() as LayerHandle, queued on the stream."""
 
+import ctypes
 import itertools
+import threading
 import time
 import weakref
 from collections.abc import Sequence
@@ -20,6 +22,15 @@ logger = init_logger(__name__)
 # weights of every expert more often.
 MAX_PIECE_TOKENS = 4096
 _TEST_SECONDS = 10.0
+
+
+_handovers: "weakref.WeakSet[Handover]" = weakref.WeakSet()
+
+
+def wake_all() -> None:
+    """A step is about to begin: the coordinators of this process stop sleeping."""
+    for handover in _handovers:
+        handover.coordinator.wake()
 
 
 class Handover:
@@ -60,9 +71,11 @@ class Handover:
             max_tokens=max_tokens,
             worker_cpus=list(worker_cpus),
             watchdog_seconds=watchdog_seconds,
+            on_failure=raise_in_main_thread,
         )
         # Before that of the executor, which was made first.
         self._finalizer = weakref.finalize(self, self.coordinator.close)
+        _handovers.add(self)
         self.way = self._choose(way)
         for slot in self.slots:  # without an executor nobody overwrites what the test left
             slot.output.zero_()
@@ -201,6 +214,17 @@ class DeviceLayerHandle:
             self.handover.way.receive(slot, output)
             for later, tensors, _ in pieces[i + num_slots : i + num_slots + 1]:
                 self.handover.way.send(later, self._number, *tensors)
+
+
+def raise_in_main_thread(sentence: str) -> None:
+    """Ends vLLM's engine loop, or a worker's, by an exception of its own main thread, so that vLLM tells its clients.
+
+    It may wait for the device, which is released only after this. What it then has are no answers: the exception comes
+    before it can send them.
+    """
+    error = type("HandoverError", (RuntimeError,), {"__init__": lambda self: RuntimeError.__init__(self, sentence)})
+    main_thread = threading.main_thread().ident
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(main_thread or 0), ctypes.py_object(error))
 
 
 def _finished(event: torch.cuda.Event) -> bool:

@@ -107,7 +107,7 @@ def test_results_are_those_of_the_host(handover, handles, small_slots, monkeypat
         for layer, with_padding in ((0, False), (1, True))
     ]
     wanted = [expected(handles.layers[layer], call) for layer, call in calls]
-    of_device = make_handover(handover, handles.executor.native, dtype=dtype, way="auto" if way == "copy" else way)
+    of_device = make_handover(handover, handles.executor, dtype=dtype, way="auto" if way == "copy" else way)
     assert of_device.way.name == way and of_device.max_tokens == SLOT and len(of_device.slots) == 2
     for (layer, call), output in zip(calls, wanted, strict=True):
         given = {name: None if x is None else x.clone() for name, x in call.items()}
@@ -275,7 +275,7 @@ def test_what_does_not_work_falls_back_or_is_refused(handover, handles, monkeypa
     call = random_call(0, 3, torch.float32, with_padding=True)
     wanted = expected(handles.layers[0], call)
     with caplog.at_level(logging.INFO):
-        of_device = make_handover(handover, handles.executor.native, max_num_tokens=SLOT)
+        of_device = make_handover(handover, handles.executor, max_num_tokens=SLOT)
     assert of_device.way.name == "hostfunc"
     assert f"hand over by hostfunc (flags: {PROBLEMS[how]}" in caplog.text or how == "does not compile"
     assert PROBLEMS[how] in caplog.text

@@ -40,6 +40,14 @@ class DenseTensor:
     def num_weights(self) -> int:
         return sum(prod(s.shape) for s in self.sources)
 
+    @property
+    def matrix(self) -> tuple[int, int] | None:
+        """[rows, cols] of a weight that a linear layer multiplies with; None for vectors and the router's."""
+        cols = self.sources[-1].shape[-1]
+        if self.keep_float32 or len(self.sources[-1].shape) < 2 or self.num_weights == cols:
+            return None
+        return self.num_weights // cols, cols
+
 
 @dataclass(frozen=True)
 class CheckpointPlan:

@@ -14,9 +14,8 @@ _LOGITS_BYTES = 3 * 4
 # vLLM decompresses the context of chunked prefills for so many tokens at most; the smallest is that of its pages.
 _MAX_CONTEXT_TOKENS = 64 * 1024
 _PAGE_TOKENS = 64
-# vLLM's own defaults, which it settles after us.
-DEFAULT_MAX_NUM_SEQS = 256
-DEFAULT_MAX_NUM_BATCHED_TOKENS = 8192
+# A GPU from which on vLLM's server takes larger batches by default.
+_LARGE_GPU_BYTES = 70 << 30
 
 
 @dataclass(frozen=True)
@@ -24,14 +23,19 @@ class ServingLimits:
     """What the command line asks of vLLM. itemsize, kv_itemsize: bytes of a number of the model and of the KV cache."""
 
     max_model_len: int
-    max_num_batched_tokens: int = DEFAULT_MAX_NUM_BATCHED_TOKENS
-    max_num_seqs: int = DEFAULT_MAX_NUM_SEQS
+    max_num_batched_tokens: int = 2048
+    max_num_seqs: int = 256
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
     itemsize: int = 2
     kv_itemsize: int = 2
     gpu_memory_utilization: float = 0.9
     kv_cache_memory_bytes: int | None = None
+
+
+def default_batch(total: int) -> tuple[int, int]:
+    """max_num_batched_tokens and max_num_seqs of vLLM's server on a GPU of `total` bytes; it settles them after us."""
+    return (8192, 1024) if total >= _LARGE_GPU_BYTES else (2048, 256)
 
 
 def is_mla(hf: Mapping[str, Any]) -> bool:
@@ -56,8 +60,8 @@ def device_budget(hf: Mapping[str, Any], limits: ServingLimits, total: int, expe
     taken = {
         "routed experts": -(-expert_bytes // devices),
         "context and graphs": CONTEXT_AND_GRAPHS_BYTES,
-        "activations": _activation_bytes(hf, limits),
-        "context of prefills": _prefill_context_bytes(hf, limits),
+        # One after the other: attention with the context of prefills, and the logits.
+        "activations": max(_layer_bytes(hf, limits) + _prefill_context_bytes(hf, limits), _logits_bytes(hf, limits)),
     }
     kv_cache = limits.max_model_len * kv_bytes_per_token(hf, limits) if asked is None else asked
     return DeviceBudget(total, limits.gpu_memory_utilization, kv_cache, taken)
@@ -67,7 +71,7 @@ def _head_dim(hf: Mapping[str, Any]) -> int:
     return hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
 
 
-def _activation_bytes(hf: Mapping[str, Any], limits: ServingLimits) -> int:
+def _layer_bytes(hf: Mapping[str, Any], limits: ServingLimits) -> int:
     """The residual, its norm, and the wider of a gated MLP (gate, up, product) and of attention's heads."""
     heads = hf["num_attention_heads"]
     if is_mla(hf):
@@ -76,8 +80,11 @@ def _activation_bytes(hf: Mapping[str, Any], limits: ServingLimits) -> int:
     else:
         attention = (heads + 2 * (hf.get("num_key_value_heads") or heads)) * _head_dim(hf) * 2
     widest = max(3 * (hf.get("intermediate_size") or 0), attention) // limits.tensor_parallel
-    rows = limits.max_num_batched_tokens * (4 * hf["hidden_size"] + widest) * limits.itemsize
-    return rows + limits.max_num_seqs * hf["vocab_size"] * _LOGITS_BYTES
+    return limits.max_num_batched_tokens * (4 * hf["hidden_size"] + widest) * limits.itemsize
+
+
+def _logits_bytes(hf: Mapping[str, Any], limits: ServingLimits) -> int:
+    return limits.max_num_seqs * hf["vocab_size"] * _LOGITS_BYTES
 
 
 def _prefill_context_bytes(hf: Mapping[str, Any], limits: ServingLimits) -> int:

@@ -18,12 +18,7 @@ from kt_vllm.dense_quant import QUANTS, choose
 from kt_vllm.errors import ConfigError, GGUFError, ResourceError
 from kt_vllm.expert_spans import host_experts
 from kt_vllm.gguf.reader import GGUFModel
-from kt_vllm.gpu_memory import (
-    DEFAULT_MAX_NUM_BATCHED_TOKENS,
-    DEFAULT_MAX_NUM_SEQS,
-    ServingLimits,
-    device_budget,
-)
+from kt_vllm.gpu_memory import ServingLimits, default_batch, device_budget
 from kt_vllm.hf_config import CONFIG_FORMAT, config_fields
 from kt_vllm.loader import LOAD_FORMAT
 from kt_vllm.log import init_logger
@@ -198,10 +193,13 @@ def _settle_on_gpu(
         quant: dense_placement.device_bytes(choice, plan.family, itemsize, tensor, pipeline)
         for quant, choice in settled.items()
     }
+    # By NVML: the process the user started makes no CUDA context.
+    total = current_platform.get_device_total_memory()
+    max_num_batched_tokens, max_num_seqs = default_batch(total)
     limits = ServingLimits(
         max_model_len=model_config.max_model_len,
-        max_num_batched_tokens=engine_args.max_num_batched_tokens or DEFAULT_MAX_NUM_BATCHED_TOKENS,
-        max_num_seqs=engine_args.max_num_seqs or DEFAULT_MAX_NUM_SEQS,
+        max_num_batched_tokens=engine_args.max_num_batched_tokens or max_num_batched_tokens,
+        max_num_seqs=engine_args.max_num_seqs or max_num_seqs,
         tensor_parallel=tensor,
         pipeline_parallel=pipeline,
         itemsize=itemsize,
@@ -209,8 +207,6 @@ def _settle_on_gpu(
         gpu_memory_utilization=engine_args.gpu_memory_utilization,
         kv_cache_memory_bytes=engine_args.kv_cache_memory_bytes,
     )
-    # By NVML: the process the user started makes no CUDA context.
-    total = current_platform.get_device_total_memory()
     fields = config_fields(model_config.hf_text_config)
     budget = device_budget(fields, limits, total, placement.device_expert_bytes(itemsize))
     if placement.config.gpu_quant == DEFAULT_GPU_QUANT:

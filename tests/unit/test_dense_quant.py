@@ -9,7 +9,13 @@ from kt_vllm.dense_placement import device_bytes, refusals, report, settle
 from kt_vllm.dense_quant import INT4_GROUP, DeviceBudget, choose, fitting, weight_bytes, why_not
 from kt_vllm.errors import ConfigError, ResourceError
 from kt_vllm.families import find_family
-from kt_vllm.gpu_memory import CONTEXT_AND_GRAPHS_BYTES, ServingLimits, device_budget, kv_bytes_per_token
+from kt_vllm.gpu_memory import (
+    CONTEXT_AND_GRAPHS_BYTES,
+    ServingLimits,
+    default_batch,
+    device_budget,
+    kv_bytes_per_token,
+)
 from kt_vllm.placement import Decision, Module, Placement
 
 # DeepSeek-R1: rows and columns of each linear layer; how many of the 61 layers have it.
@@ -137,16 +143,17 @@ def sizes(**limits: int) -> dict[str, int]:
     [(80, 32768, "bf16"), (80, 163840, "bf16"), (40, 32768, "fp8"), (32, 8192, "fp8"), (32, 65536, "int4")],
 )
 def test_auto_takes_the_most_exact_that_leaves_the_kv_cache(gib: int, max_model_len: int, quant: str) -> None:
-    limits = ServingLimits(max_model_len, max_num_batched_tokens=2048)
+    limits = ServingLimits(max_model_len)
     taken, reason = choose(sizes(), device_budget(R1_CONFIG, limits, gib * GIB, 0))
     assert taken == quant
     assert reason.startswith(f"--kt-gpu-quant auto takes {quant} for the dense weights: bf16 36.") and "less" in reason
 
 
 def test_auto_on_24_gib_with_32_k_of_context() -> None:
-    limits = ServingLimits(32768, max_num_batched_tokens=2048, gpu_memory_utilization=0.92)
+    limits = ServingLimits(32768)
     budget = device_budget(R1_CONFIG, limits, 24 * GIB, 0)
     assert budget.kv_cache == 32768 * 70272
+    assert default_batch(24 * GIB) == (2048, 256) and default_batch(80 * GIB)[0] == 8192
     assert choose(sizes(), budget)[0] == "int4"
     with pytest.raises(ResourceError) as raised:
         choose(sizes(), device_budget(R1_CONFIG, ServingLimits(65536), 24 * GIB, 0))
@@ -162,11 +169,15 @@ def test_auto_counts_what_was_asked_for_and_what_else_is_there() -> None:
     asked = device_budget(R1_CONFIG, ServingLimits(32768, kv_cache_memory_bytes=123), GIB, 1001)
     assert asked.kv_cache == 123 and asked.taken["routed experts"] == 1001
     assert asked.taken["context and graphs"] == CONTEXT_AND_GRAPHS_BYTES
-    assert asked.taken["context of prefills"] == 65536 * 2 * (576 + 128 * 256)
+    row = 4 * 7168 + 128 * (3 * 192 + 256)
+    assert asked.taken["activations"] == 2 * (2048 * row + 65536 * (576 + 128 * 256))
     two = device_budget(R1_CONFIG, ServingLimits(32768, tensor_parallel=2), GIB, 1001)
     assert two.taken["routed experts"] == 501 and two.taken["activations"] < asked.taken["activations"]
     mixtral = {"num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32, "vocab_size": 32000}
-    assert device_budget(mixtral, ServingLimits(1024), GIB, 0).taken["context of prefills"] == 0
+    row = 4 * 4096 + 2 * 3 * 4096
+    assert device_budget(mixtral, ServingLimits(1024), GIB, 0).taken["activations"] == 2048 * row * 2
+    many = ServingLimits(1024, max_num_seqs=10**4)
+    assert device_budget(mixtral, many, GIB, 0).taken["activations"] == 10**4 * 32000 * 12
 
 
 def test_parallel_devices_share_the_layers() -> None:

@@ -28,6 +28,8 @@ from kt_vllm.log import init_logger
 logger = init_logger(__name__)
 
 DENSE_QUANTIZATION = "kt_dense"
+# vLLM looks for the first where it wants to know a weight's device.
+_INT4_NAMES = ("weight_packed", "weight_scale", "weight_zero_point")
 
 
 def served_quants() -> tuple[str, ...]:
@@ -96,9 +98,8 @@ class DenseQuantConfig(QuantizationConfig):
         best = min(quants.values(), key=QUANTS.index)
         for part, quant in quants.items():
             if quant != best:
-                self._not_as_asked.setdefault((best, f"parts of one weight take the most exact ({part})"), []).append(
-                    prefix
-                )
+                reason = f"it is one weight with another that is, and {part.rpartition('.')[2]} was to be in {quant}"
+                self._not_as_asked.setdefault((best, reason), []).append(prefix)
         return best
 
     def report(self) -> list[str]:
@@ -157,28 +158,34 @@ class Int4OnlineLinearMethod(OnlineLinearBase):
             raise ConfigError(
                 f"vLLM's {kernel.__name__} cannot compute int4 weights here ({reason}); give --kt-gpu-quant bf16."
             )
-        self.kernel = kernel(config, "weight_packed", "weight_scale", "weight_zero_point")
+        self.kernel = kernel(config, *_INT4_NAMES)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         # vLLM calls this when the weight is complete, and again for all layers at the end.
-        if "weight_packed" in layer._parameters:
+        if _INT4_NAMES[0] in layer._parameters:
             return
-        packed, scale, zero = int4.quantize(self.get_weight_for_quantization(layer), INT4_GROUP)
+        stored = int4.quantize(self.get_weight_for_quantization(layer), INT4_GROUP)
         del layer.weight
-        factor = int4.CODES_PER_INT32
-        along = {"input_dim": 1, "output_dim": 0, "weight_loader": _no_checkpoint_has_this}
-        layer.register_parameter(
-            "weight_packed", PackedvLLMParameter(data=packed, packed_dim=1, packed_factor=factor, **along)
-        )
-        layer.register_parameter("weight_scale", GroupQuantScaleParameter(data=scale, **along))
-        layer.register_parameter(
-            "weight_zero_point", PackedvLLMParameter(data=zero, packed_dim=0, packed_factor=factor, **along)
-        )
+        register_int4(layer, stored)
         self.kernel.process_weights_after_loading(layer)
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x: [..., input_size] -> [..., output_size]."""
         return self.kernel.apply_weights(layer, x, bias)
+
+
+def register_int4(layer: torch.nn.Module, stored: int4.Int4Weight) -> tuple[str, str, str]:
+    """Makes the numbers parameters of `layer` as vLLM's kernels expect them, and returns their names."""
+    along = {"input_dim": 1, "output_dim": 0, "weight_loader": _no_checkpoint_has_this}
+    factor = {"packed_factor": int4.CODES_PER_INT32}
+    parameters = (
+        PackedvLLMParameter(data=stored.packed, packed_dim=1, **factor, **along),
+        GroupQuantScaleParameter(data=stored.scale, **along),
+        PackedvLLMParameter(data=stored.zero, packed_dim=0, **factor, **along),
+    )
+    for name, parameter in zip(_INT4_NAMES, parameters, strict=True):
+        layer.register_parameter(name, parameter)
+    return _INT4_NAMES
 
 
 def _no_checkpoint_has_this(*_: object) -> None:

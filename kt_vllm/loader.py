@@ -81,7 +81,8 @@ class KTModelLoader(BaseModelLoader):
         if executor is not None:
             logger.info("kt_vllm: %s", executor.native.memory_report)
         _check_complete(expected, loaded)
-        use_quantized_qkv_a(model)
+        if vllm_config.quant_config is not None:
+            use_quantized_qkv_a(model)
         if isinstance(vllm_config.quant_config, DenseQuantConfig) and get_tensor_model_parallel_rank() == 0:
             for line in vllm_config.quant_config.report():
                 logger.info("kt_vllm: %s", line)

@@ -17,6 +17,7 @@ from kt_vllm.gpu_memory import (
     kv_bytes_per_token,
 )
 from kt_vllm.placement import Decision, Module, Placement
+from tests.unit.test_plugin import run
 
 # DeepSeek-R1: rows and columns of each linear layer; how many of the 61 layers have it.
 R1 = {
@@ -192,3 +193,10 @@ def test_parallel_devices_share_the_layers() -> None:
 def test_the_rules_readme_names_every_kind() -> None:
     text = (Path(__file__).parents[2] / "rules" / "README.md").read_text()
     assert all(f"`{quant}`" in text for quant in ("auto", "bf16", "fp8", "int4"))
+
+
+def test_preflight_on_a_gpu() -> None:
+    run(
+        "import sys, pytest\n"
+        "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', 'tests/unit/dense_preflight_on_a_gpu.py']))"
+    )

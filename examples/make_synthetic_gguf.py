@@ -1,6 +1,7 @@
 """A GGUF of a giant's real shape with random weights, so that a machine can be measured without a download of 400 GB.
 
     examples/make_synthetic_gguf.py OUT --like deepseek-r1 --layers 10 [--experts 64] [--type Q4_K_M] [--shard-gb 40]
+    examples/make_synthetic_gguf.py OUT --no-experts     # all layers' dense weights, for what they take on a GPU
     kt-vllm serve OUT --kt-gguf OUT
 
 OUT gets the GGUF, config.json and a small tokenizer. Its answers are noise; memory, bytes and times are a real model's.
@@ -117,7 +118,7 @@ def make_config(like: str, layers: int | None = None, experts: int | None = None
     return config
 
 
-def tensors_of(config: dict[str, Any], recipe: str) -> Iterator[Tensor]:
+def tensors_of(config: dict[str, Any], recipe: str, routed_experts: bool = True) -> Iterator[Tensor]:
     """In the order of a file by llama.cpp's converter. recipe: Q4_K_M, or one GGML type for all matrices."""
     hidden, heads, num_layers = (config[k] for k in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
     q_lora, kv_lora, nope, rope, v = (
@@ -159,9 +160,10 @@ def tensors_of(config: dict[str, Any], recipe: str) -> Iterator[Tensor]:
         shared = config["n_shared_experts"] * rows
         yield vector(f"{blk}ffn_gate_inp.weight", experts, hidden)
         yield vector(f"{blk}exp_probs_b.bias", experts)
-        yield matrix(f"{blk}ffn_gate_exps", experts, rows, hidden)
-        yield matrix(f"{blk}ffn_up_exps", experts, rows, hidden)
-        yield matrix(f"{blk}ffn_down_exps", experts, hidden, rows, more_bits=more_bits)
+        if routed_experts:
+            yield matrix(f"{blk}ffn_gate_exps", experts, rows, hidden)
+            yield matrix(f"{blk}ffn_up_exps", experts, rows, hidden)
+            yield matrix(f"{blk}ffn_down_exps", experts, hidden, rows, more_bits=more_bits)
         yield matrix(f"{blk}ffn_gate_shexp", shared, hidden)
         yield matrix(f"{blk}ffn_up_shexp", shared, hidden)
         yield matrix(f"{blk}ffn_down_shexp", hidden, shared, more_bits=more_bits)
@@ -230,9 +232,17 @@ class _Pools:
             yield piece
 
 
-def write(folder: Path, config: dict[str, Any], recipe: str, name: str, shard_bytes: int = 0, seed: int = 0) -> float:
+def write(
+    folder: Path,
+    config: dict[str, Any],
+    recipe: str,
+    name: str,
+    shard_bytes: int = 0,
+    seed: int = 0,
+    routed_experts: bool = True,
+) -> float:
     """Writes model, config.json and tokenizer; returns GB a second."""
-    tensors = list(tensors_of(config, recipe))
+    tensors = list(tensors_of(config, recipe, routed_experts))
     total = sum(t.nbytes for t in tensors)
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
@@ -267,12 +277,14 @@ def main() -> None:
     parser.add_argument("--like", choices=MODELS, default="deepseek-r1")
     parser.add_argument("--layers", type=int, help="all layers, the dense ones at the front too; default: the model's")
     parser.add_argument("--experts", type=int, help="routed experts of a layer; default: the model's")
+    parser.add_argument("--no-experts", action="store_true", help="leave routed experts out: for --kt-no-experts alone")
     parser.add_argument("--type", choices=("Q4_K_M", *TYPES), default="Q4_K_M", help="the mix, or one for all matrices")
     parser.add_argument("--shard-gb", type=float, default=0, help="cut into files of about so many GB")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     config = make_config(args.like, args.layers, args.experts)
-    speed = write(args.folder, config, args.type, args.like, int(args.shard_gb * 1e9), args.seed)
+    shard_bytes = int(args.shard_gb * 1e9)
+    speed = write(args.folder, config, args.type, args.like, shard_bytes, args.seed, not args.no_experts)
     print(
         f"{args.folder}: {sum(f.stat().st_size for f in args.folder.glob('*.gguf')) / 1e9:.2f} GB at {speed:.1f} GB/s"
     )

@@ -17,7 +17,12 @@ The files in the order a request meets them:
     checkpoint  which tensor goes where, complete in both directions
     rules       a YAML file of what runs where, with its lines
     placement   which rule decides which module
+    dense_quant      how dense weights may be kept on the device: sizes, shapes, which fits
+    dense_placement  what flag and rules come to for each
+    gpu_memory       what else a GPU has to hold
     explain     `kt-vllm explain`: the table of it
+    dense_methods    vLLM's linear layers in fp8 and int4
+    int4        weights as integers of 4 bits
     loader      dense tensors to vLLM, experts to the executor
     layer       RoutedExperts: submit, shared experts, wait
     device_experts  routed experts on vLLM's own device

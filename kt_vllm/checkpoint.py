@@ -1,7 +1,9 @@
 """What becomes of every tensor of a GGUF model: vLLM's, the executor's, or left out with a reason."""
 
 import re
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import isclose, prod
 from typing import TYPE_CHECKING
@@ -39,6 +41,14 @@ class DenseTensor:
     @property
     def num_weights(self) -> int:
         return sum(prod(s.shape) for s in self.sources)
+
+    @property
+    def matrix(self) -> tuple[int, int] | None:
+        """[rows, cols] of a weight that a linear layer multiplies with; None for vectors and the router's."""
+        cols = self.sources[-1].shape[-1]
+        if self.keep_float32 or len(self.sources[-1].shape) < 2 or self.num_weights == cols:
+            return None
+        return self.num_weights // cols, cols
 
 
 @dataclass(frozen=True)
@@ -88,20 +98,27 @@ def iter_dense(
     wanted: Callable[[str], bool] | None = None,
     on_bytes: Callable[[int], object] | None = None,
 ) -> Iterator[tuple[str, "torch.Tensor"]]:
-    """(Hugging Face name, values) of each dense parameter in file order, one in memory at a time.
+    """(Hugging Face name, values) of each dense parameter in file order; the next one is read meanwhile.
 
     dtype: None for float32; router weights and correction biases are float32 whatever it is. wanted: names it returns
     False for are not read. on_bytes: called with each parameter's bytes in the files, read or skipped.
     """
-    for dense in plan.dense:
-        if wanted is None or wanted(dense.hf_name):
-            to = None if dense.keep_float32 else dtype
-            yield (
-                dense.hf_name,
-                TRANSFORMS[dense.transform](*(read_dense(s, to) for s in dense.sources), *dense.arguments),
-            )
-        if on_bytes is not None:
-            on_bytes(dense.nbytes)
+
+    def read(dense: DenseTensor) -> "torch.Tensor":
+        to = None if dense.keep_float32 else dtype
+        return TRANSFORMS[dense.transform](*(read_dense(s, to) for s in dense.sources), *dense.arguments)
+
+    is_wanted = [wanted is None or wanted(dense.hf_name) for dense in plan.dense]
+    todo = deque(dense for dense, yes in zip(plan.dense, is_wanted, strict=True) if yes)
+    with ThreadPoolExecutor(1, "kt_vllm dense") as ahead:
+        reading = ahead.submit(read, todo.popleft()) if todo else None
+        for dense, yes in zip(plan.dense, is_wanted, strict=True):
+            if yes and reading is not None:
+                values = reading.result()
+                reading = ahead.submit(read, todo.popleft()) if todo else None
+                yield dense.hf_name, values
+            if on_bytes is not None:
+                on_bytes(dense.nbytes)
 
 
 def _equal(in_gguf: object, in_config: object) -> bool:

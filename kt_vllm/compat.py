@@ -137,6 +137,22 @@ def disable_cpu_rotary_op(compilation_config: Any) -> bool:
     return True
 
 
+def use_quantized_qkv_a(model: "torch.nn.Module") -> None:
+    """Lets DeepSeek's fused query and key-value projection compute with its quantised weight on Hopper and Blackwell.
+
+    Why: DeepSeekV2FusedQkvAProjLinear of 0.32 decides for its kernel for bfloat16 weights of DeepSeek-V3's shape when
+    it is built, and online quantisation changes the weight afterwards: its forward would read float8 as bfloat16, or a
+    weight that is gone. Can go when it asks for the weight's type later.
+    """
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+    from vllm.model_executor.models.deepseek_v2 import DeepSeekV2FusedQkvAProjLinear
+
+    for module in model.modules():
+        is_fused = isinstance(module, DeepSeekV2FusedQkvAProjLinear)
+        if is_fused and not isinstance(module.quant_method, UnquantizedLinearMethod):
+            module._use_min_latency_gemm = False
+
+
 def set_shared_experts_output(shared_experts: "SharedExperts", output: "torch.Tensor") -> None:
     """Gives vLLM's MoERunner the shared experts' output, which our op computed between submit and wait.
 

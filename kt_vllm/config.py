@@ -5,6 +5,7 @@ import difflib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from kt_vllm.dense_quant import QUANTS
 from kt_vllm.errors import ConfigError
 from kt_vllm.numa import check_numa
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 # Settings that a rule may give as well: these, and no other value, mean that the command line said nothing.
 DEFAULT_ISA = "auto"
 DEFAULT_NUMA = "auto"
+DEFAULT_GPU_QUANT = "auto"
 
 # The key of vLLM's additional_config under which the values travel (as JSON).
 CONFIG_KEY = "kt"
@@ -49,6 +51,21 @@ class LayerPlacement:
             object.__setattr__(self, "device_experts", tuple(self.device_experts))
 
 
+@dataclasses.dataclass(frozen=True)
+class DensePlacement:
+    """Dense modules that vLLM's device does not keep in the model's own type: fp8 or int4, see dense_quant.py.
+
+    module: name with {} for the layer, as in "model.layers.{}.self_attn.o_proj".
+    """
+
+    module: str
+    layers: tuple[int, ...]
+    quant: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(self.layers))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KTConfig:
     """Fields made by _flag() are flags (--kt-cpu-infer is cpu_infer); the others are resolved at start."""
@@ -73,6 +90,12 @@ class KTConfig:
         "NUMA nodes of the executor: auto takes all it may use, off sees the machine as one, or a list such as 0,2-3.",
         default=DEFAULT_NUMA,
         metavar="auto|off|LIST",
+    )
+    gpu_quant: str = _flag(
+        "Dense weights on the GPU: bf16 (the model's type), fp8 or int4; auto takes the most exact of them that leaves "
+        "room for the KV cache of one sequence of --max-model-len, or --kv-cache-memory-bytes.",
+        default=DEFAULT_GPU_QUANT,
+        metavar="|".join((DEFAULT_GPU_QUANT, *QUANTS)),
     )
     rules: str | None = _flag(
         "What runs where: a file as in rules/README.md. Default: the one shipped for the model's architecture.",
@@ -104,6 +127,8 @@ class KTConfig:
     nodes: tuple[int, ...] = ()
     # What the rules say of the layers that are not as by default.
     layers: tuple[LayerPlacement, ...] = ()
+    # What --kt-gpu-quant and the rules come to.
+    dense: tuple[DensePlacement, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.gguf, str) or not self.gguf:
@@ -128,13 +153,18 @@ class KTConfig:
         if not isinstance(self.isa, str):
             raise ConfigError(f"--kt-isa is {self.isa!r}; give auto or the name of an instruction set.")
         check_numa(self.numa)
+        if self.gpu_quant not in (DEFAULT_GPU_QUANT, *QUANTS):
+            raise ConfigError(
+                f"--kt-gpu-quant is {self.gpu_quant!r}; give one of {', '.join((DEFAULT_GPU_QUANT, *QUANTS))}."
+            )
         if self.rules is not None and (not isinstance(self.rules, str) or not self.rules):
             raise ConfigError(f"--kt-rules is {self.rules!r}; give the path of a rules file, or leave it out.")
-        try:
-            layers = tuple(x if isinstance(x, LayerPlacement) else LayerPlacement(**x) for x in self.layers)
-        except TypeError:
-            raise ConfigError(f"layers is {self.layers!r}; it is made from --kt-rules FILE: give that.") from None
-        object.__setattr__(self, "layers", layers)
+        for name, kind in (("layers", LayerPlacement), ("dense", DensePlacement)):
+            given = getattr(self, name)
+            try:
+                object.__setattr__(self, name, tuple(x if isinstance(x, kind) else kind(**x) for x in given))
+            except TypeError:
+                raise ConfigError(f"{name} is {given!r}; it is made from --kt-rules FILE: give that.") from None
         object.__setattr__(self, "cpus", tuple(self.cpus))
         object.__setattr__(self, "nodes", tuple(self.nodes))
         if self.nodes and len(self.nodes) != len(self.cpus):
@@ -171,7 +201,9 @@ class KTConfig:
             {**vars(layer), "device_experts": None if layer.device_experts is None else list(layer.device_experts)}
             for layer in self.layers
         ]
-        return {**dataclasses.asdict(self), "cpus": list(self.cpus), "nodes": list(self.nodes), "layers": layers}
+        dense = [{**vars(modules), "layers": list(modules.layers)} for modules in self.dense]
+        lists = {"cpus": list(self.cpus), "nodes": list(self.nodes), "layers": layers, "dense": dense}
+        return {**dataclasses.asdict(self), **lists}
 
     def placement(self, layer: int) -> LayerPlacement:
         """Of the layer with this index."""

@@ -16,10 +16,11 @@ import rich.box
 from rich.console import Console
 from rich.table import Table
 
-from kt_vllm import _native, hub
+from kt_vllm import _native, dense_placement, hub
 from kt_vllm.args import Parser, add_flags, fold_flags
 from kt_vllm.checkpoint import CheckpointPlan
-from kt_vllm.config import CONFIG_KEY, KTConfig
+from kt_vllm.config import CONFIG_KEY, DEFAULT_GPU_QUANT, KTConfig
+from kt_vllm.dense_quant import QUANTS
 from kt_vllm.errors import ConfigError, KTError
 from kt_vllm.gguf.reader import GGUFModel
 from kt_vllm.numa import format_list
@@ -84,10 +85,12 @@ def _model_dtype(wish: str, config: Mapping[str, Any]) -> str:
     return wish if wish != "auto" else said if said in ("bfloat16", "float16") else "bfloat16"
 
 
-def explain(config: KTConfig, hf_config: Mapping[str, Any]) -> Placement:
-    """The placement that the engine would take. Raises KTError where it would refuse.
+def explain(config: KTConfig, hf_config: Mapping[str, Any], itemsize: int) -> tuple[Placement, dict[str, int]]:
+    """The placement that the engine would take, and what dense weights take on a GPU with each --kt-gpu-quant.
 
-    The data behind the headers need not be there.
+    Where that and the rules say auto, the placement is for the model's own type: which one it will be depends on the
+    GPU. itemsize: bytes of a number of that type. Raises KTError where the engine would refuse. The data behind the
+    headers need not be there.
     """
     if hub.is_hub_name(config.gguf):
         raise ConfigError(
@@ -99,7 +102,11 @@ def explain(config: KTConfig, hf_config: Mapping[str, Any]) -> Placement:
     top_k = hf_config.get("num_experts_per_tok")
     if not isinstance(top_k, int):
         raise ConfigError(f"config.json has {top_k!r} for num_experts_per_tok and an integer is expected.")
-    return Placement.resolve(config, plan, top_k)
+    placement = Placement.resolve(config, plan, top_k)
+    wishes = QUANTS if config.gpu_quant == DEFAULT_GPU_QUANT else (config.gpu_quant,)
+    settled = {quant: dense_placement.settle(placement, quant) for quant in wishes}
+    sizes = {quant: dense_placement.device_bytes(x, plan.family, itemsize) for quant, x in settled.items()}
+    return settled[wishes[0]], sizes
 
 
 def _place(decision: Decision) -> str:
@@ -113,13 +120,13 @@ def _settings(decision: Decision) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     if decision.top_k is not None:
         settings["num_experts_per_tok"] = decision.top_k
-    if decision.gpu_quant not in (None, "auto"):
-        settings["gpu_quant"] = decision.gpu_quant
+    if decision.module.matrix is not None and (decision.gpu_quant != "auto" or decision.quant != QUANTS[0]):
+        settings["gpu_quant"] = decision.quant
     return settings
 
 
-def to_json(placement: Placement, dtype: str) -> dict[str, Any]:
-    """Everything, with a record for each module."""
+def to_json(placement: Placement, dtype: str, dense_gpu_bytes: Mapping[str, int]) -> dict[str, Any]:
+    """Everything, with a record for each module. dense_gpu_bytes: as of explain()."""
     size = _ITEM_SIZES[dtype]
     config = placement.config
     modules = [
@@ -146,7 +153,8 @@ def to_json(placement: Placement, dtype: str) -> dict[str, Any]:
         },
         "cpu_bytes": placement.host_bytes,
         "gpu_bytes": sum(decision.device_bytes(size) for decision in placement.decisions),
-        "refused": placement.refusals(dtype),
+        "dense_gpu_bytes": dict(dense_gpu_bytes),
+        "refused": dense_placement.refusals(placement, dtype),
         "modules": modules,
     }
 
@@ -187,6 +195,8 @@ def print_table(console: Console, report: Mapping[str, Any], unfold: bool) -> No
     parts = [f"{key} {values[key]} ({entry['decided_by']})" for key, entry in executor.items()]
     console.print(f"executor: {', '.join(parts)}", markup=False, highlight=False)
     console.print(f"rules: {report['rules'] or 'none for this architecture'}; gpu weights in {report['dtype']}")
+    dense = ", ".join(f"{_size(count)} in {quant}" for quant, count in report["dense_gpu_bytes"].items())
+    console.print(f"gpu weights without routed experts, and with all that vLLM keeps twice: {dense}", highlight=False)
     for sentence in report["refused"]:
         console.print(f"refused at start: {sentence}", markup=False, highlight=False)
 
@@ -206,7 +216,8 @@ def main(arguments: Sequence[str]) -> None:
         config = KTConfig.from_dict((getattr(args, "additional_config", None) or {}).get(CONFIG_KEY, {}))
         hf_config = read_config(args.model)
         dtype = _model_dtype(args.dtype, hf_config)
-        report = to_json(explain(config, hf_config), dtype)
+        placement, dense_gpu_bytes = explain(config, hf_config, _ITEM_SIZES[dtype])
+        report = to_json(placement, dtype, dense_gpu_bytes)
         if args.json:
             sys.stdout.write(json.dumps(report, indent=1) + "\n")
         else:

@@ -15,8 +15,9 @@ from vllm.platforms import current_platform
 
 from kt_vllm import _native
 from kt_vllm.checkpoint import CheckpointPlan, iter_dense
-from kt_vllm.compat import set_router_top_k
+from kt_vllm.compat import set_router_top_k, use_quantized_qkv_a
 from kt_vllm.config import KTConfig
+from kt_vllm.dense_methods import DenseQuantConfig
 from kt_vllm.device_experts import load_device_experts
 from kt_vllm.errors import ConfigError, GGUFError
 from kt_vllm.executor import CPUExpertExecutor, LayerHandle, ZeroHandle
@@ -58,6 +59,8 @@ class KTModelLoader(BaseModelLoader):
             with_experts=not config.no_experts,
         )
         _set_top_k(model, config)
+        # Now: a weight that is quantised on its way in ends as others, of other names.
+        expected = {name for name, _ in model.named_parameters()}
         methods = [method for method in _moe_methods(model) if method.computes]
         # Weights may be loaded again into a running model (sleep and wake): its experts are still there.
         _restore(methods)
@@ -84,7 +87,12 @@ class KTModelLoader(BaseModelLoader):
             raise
         if executor is not None:
             logger.info("kt_vllm: %s", executor.native.memory_report)
-        _check_complete(model, loaded)
+        _check_complete(expected, loaded)
+        if vllm_config.quant_config is not None:
+            use_quantized_qkv_a(model)
+        if isinstance(vllm_config.quant_config, DenseQuantConfig) and get_tensor_model_parallel_rank() == 0:
+            for line in vllm_config.quant_config.report():
+                logger.info("kt_vllm: %s", line)
 
     def _progress_bar(self, plan: CheckpointPlan, model: nn.Module) -> tqdm:
         layers = {extract_layer_index(m.layer_name) for m in model.modules() if isinstance(m, KTRoutedExperts)}
@@ -200,8 +208,9 @@ def _finish_experts(executor: CPUExpertExecutor, bar: tqdm) -> None:
         time.sleep(_POLL_SECONDS)
 
 
-def _check_complete(model: nn.Module, loaded: set[str]) -> None:
-    missing = sorted({name for name, _ in model.named_parameters()} - loaded)
+def _check_complete(expected: set[str], loaded: set[str]) -> None:
+    """expected: names of the model's parameters before any was loaded."""
+    missing = sorted(expected - loaded)
     if missing:
         shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         raise GGUFError(

@@ -10,8 +10,9 @@ from typing import Any
 
 from kt_vllm import _native
 from kt_vllm.checkpoint import CheckpointPlan
-from kt_vllm.config import DEFAULT_ISA, DEFAULT_NUMA, KTConfig, LayerPlacement
+from kt_vllm.config import DEFAULT_GPU_QUANT, DEFAULT_ISA, DEFAULT_NUMA, KTConfig, LayerPlacement
 from kt_vllm.cpus import allowed_cpus, choose_cpus, nodes_of
+from kt_vllm.dense_quant import weight_bytes
 from kt_vllm.errors import ConfigError, ResourceError
 from kt_vllm.families import ModelFamily
 from kt_vllm.numa import format_list
@@ -36,7 +37,7 @@ class Module:
     """One module of vLLM's model that has weights. layer: None outside the layers.
 
     num_float32: those of num_weights that stay float32; expert_bytes: of one routed expert as in the files;
-    num_experts: 0 for a dense module.
+    num_experts: 0 for a dense module; matrix: [rows, cols] of a dense module's weight, where it may be quantised.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Module:
     num_float32: int = 0
     expert_bytes: int = 0
     num_experts: int = 0
+    matrix: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ class Decision:
     """What becomes of one module, and why.
 
     device_experts: ids of the routed experts that are computed on vLLM's device; top_k: experts for each token where
-    that is not the model's number; gpu_quant: of a dense module; by: setting -> `file:line`, a flag, or DEFAULT.
+    that is not the model's number; gpu_quant: what was asked for a dense module; by: setting -> `file:line`, a flag, or
+    DEFAULT. quant: what it gets, and why_quant where that is not what was asked for; see dense_placement.py.
     """
 
     module: Module
@@ -60,6 +63,8 @@ class Decision:
     top_k: int | None = None
     gpu_quant: str | None = None
     by: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    quant: str = "bf16"
+    why_quant: str | None = None
 
     @property
     def num_host_experts(self) -> int:
@@ -75,7 +80,9 @@ class Decision:
         module = self.module
         if module.num_experts:
             return module.num_weights // module.num_experts * len(self.device_experts) * itemsize
-        return (module.num_weights - module.num_float32) * itemsize + module.num_float32 * 4
+        rows, cols = module.matrix or (0, 0)
+        rest = module.num_weights - module.num_float32 - rows * cols
+        return weight_bytes(self.quant, rows, cols, itemsize) + rest * itemsize + module.num_float32 * 4
 
 
 @dataclass(frozen=True)
@@ -112,22 +119,6 @@ class Placement:
     def device_expert_bytes(self, itemsize: int) -> int:
         """Of all routed experts on vLLM's device."""
         return sum(d.device_bytes(itemsize) for d in self.decisions if d.module.num_experts)
-
-    def refusals(self, dtype: str) -> list[str]:
-        """What the rules may wish for and this release does not serve, a sentence each. dtype: the model's."""
-        found = {}
-        for decision in self.decisions:
-            where = decision.by.get("gpu_quant", DEFAULT)
-            if decision.gpu_quant in ("fp8", "int4"):
-                found[where] = (
-                    f"{where}: gpu_quant {decision.gpu_quant} is not in this release, whose dense modules have the "
-                    "model's own type; give auto."
-                )
-            elif decision.gpu_quant == "bf16" and dtype != "bfloat16":
-                found[where] = (
-                    f"{where}: gpu_quant is bf16 and the model runs in {dtype}; give auto or --dtype bfloat16."
-                )
-        return list(found.values())
 
     def report(self) -> list[str]:
         """Lines for the log: whose rules, and what is not as by default."""
@@ -204,8 +195,10 @@ def list_modules(plan: CheckpointPlan) -> list[Module]:
         name = tensor.hf_name.rpartition(".")[0]
         match = re.match(prefix, name)
         seen = dense.get(name) or Module(name, int(match[1]) if match else None, 0)
+        matrix = tensor.matrix if match and tensor.hf_name.endswith(".weight") else None
         dense[name] = dataclasses.replace(
             seen,
+            matrix=matrix or seen.matrix,
             num_weights=seen.num_weights + tensor.num_weights,
             num_float32=seen.num_float32 + tensor.num_weights * tensor.keep_float32,
         )
@@ -270,10 +263,13 @@ def _nearest(rule: Rule, modules: Sequence[Module]) -> str:
 def _decide(config: KTConfig, module: Module, rule: Rule | None, model_top_k: int) -> Decision:
     by = {"place": DEFAULT if rule is None else rule.where()}
     if not module.num_experts:
-        if rule is None or rule.gpu_quant is None:
-            return Decision(module, gpu_quant="auto", by=by)
-        by["gpu_quant"] = by["place"] = rule.where("gpu_quant")
-        return Decision(module, gpu_quant=rule.gpu_quant, by=by)
+        quant = DEFAULT_GPU_QUANT
+        if rule is not None and rule.gpu_quant is not None:
+            by["gpu_quant"] = by["place"] = rule.where("gpu_quant")
+            quant = rule.gpu_quant
+        if config.gpu_quant != DEFAULT_GPU_QUANT and module.matrix is not None:
+            quant, by["gpu_quant"] = config.gpu_quant, "--kt-gpu-quant"
+        return Decision(module, gpu_quant=quant, by=by)
     on_device: tuple[int, ...] = ()
     top_k = None
     if rule is not None:

@@ -21,14 +21,17 @@ def register() -> None:
         return
 
     from vllm.model_executor.custom_op import PluggableLayer
+    from vllm.model_executor.layers.quantization import register_quantization_config
     from vllm.model_executor.model_loader import register_model_loader
     from vllm.transformers_utils.config import register_config_parser
 
+    from kt_vllm.dense_methods import DENSE_QUANTIZATION, DenseQuantConfig
     from kt_vllm.hf_config import CONFIG_FORMAT, KTConfigParser
     from kt_vllm.layer import KTRoutedExperts
     from kt_vllm.loader import LOAD_FORMAT, KTModelLoader
 
     register_config_parser(CONFIG_FORMAT)(KTConfigParser)
     register_model_loader(LOAD_FORMAT)(KTModelLoader)
+    register_quantization_config(DENSE_QUANTIZATION)(DenseQuantConfig)
     PluggableLayer.register_oot(name="RoutedExperts")(KTRoutedExperts)
     compat.patch_engine_args()

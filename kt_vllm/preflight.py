@@ -13,13 +13,16 @@ from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
-from kt_vllm import _native, compat, hub
+from kt_vllm import _native, compat, dense_placement, hub
 from kt_vllm.checkpoint import CheckpointPlan
-from kt_vllm.config import CONFIG_KEY, KTConfig
-from kt_vllm.errors import ConfigError, GGUFError
+from kt_vllm.config import CONFIG_KEY, DEFAULT_GPU_QUANT, KTConfig
+from kt_vllm.dense_methods import DENSE_QUANTIZATION, served_quants
+from kt_vllm.dense_quant import QUANTS, choose
+from kt_vllm.errors import ConfigError, GGUFError, ResourceError
 from kt_vllm.expert_spans import host_experts
 from kt_vllm.families import FAMILIES
 from kt_vllm.gguf.reader import GGUFModel
+from kt_vllm.gpu_memory import ServingLimits, default_batch, device_budget
 from kt_vllm.hf_config import CONFIG_FORMAT, config_fields
 from kt_vllm.loader import LOAD_FORMAT
 from kt_vllm.log import init_logger
@@ -133,6 +136,8 @@ def check(engine_args: "EngineArgs", config: KTConfig, model_config: "ModelConfi
     model, fields, with_experts = GGUFModel.open(config.gguf), config_fields(hf_config), not config.no_experts
     plan = CheckpointPlan.build(model, fields, with_experts=with_experts)
     placement = Placement.resolve(config, plan, hf_config.num_experts_per_tok)
+    _refuse_placement(engine_args, placement, str(model_config.dtype).removeprefix("torch."))
+    placement = _settle_dense(engine_args, placement, plan, model_config)
     config = placement.settle_executor(
         warn=lambda warning: logger.warning("kt_vllm: %s", warning),
         # Beside a GPU, vLLM's main thread and the coordinator of the hand-over both poll.
@@ -143,7 +148,8 @@ def check(engine_args: "EngineArgs", config: KTConfig, model_config: "ModelConfi
     # Only now: the rules may choose the isa.
     plan = CheckpointPlan.build(model, fields, supported_types=_native.supported_types(isa), with_experts=with_experts)
     _log_ignored(plan)
-    _refuse_placement(engine_args, placement, str(model_config.dtype).removeprefix("torch."))
+    for line in placement.report():
+        logger.info("kt_vllm: %s", line)
     activation = getattr(hf_config, "hidden_act", "silu")
     if activation != "silu":
         raise ConfigError(
@@ -152,10 +158,12 @@ def check(engine_args: "EngineArgs", config: KTConfig, model_config: "ModelConfi
         )
     needed = {
         "routed experts": placement.host_bytes,
-        "routed experts on the device": placement.device_expert_bytes(model_config.dtype.itemsize),
-        "dense weights": plan.dense_bytes_at(model_config.dtype.itemsize),
         "executor workspace": _workspace_bytes(engine_args, config, plan, hf_config.num_experts_per_tok),
     }
+    if current_platform.is_cpu():  # whose device is the host's memory
+        itemsize = model_config.dtype.itemsize
+        needed["routed experts on the device"] = placement.device_expert_bytes(itemsize)
+        needed["dense weights"] = dense_placement.device_bytes(placement, plan.family, itemsize)
     check_memory(needed, available_host_memory())
 
 
@@ -197,9 +205,84 @@ def _latent_attention(engine_args: "EngineArgs", model_config: "ModelConfig") ->
     )
 
 
+def _settle_dense(
+    engine_args: "EngineArgs", placement: Placement, plan: CheckpointPlan, model_config: "ModelConfig"
+) -> Placement:
+    """The placement with the way each dense weight is kept on the device, which vLLM is told.
+
+    Raises ConfigError for what contradicts it, ResourceError where the device is too small.
+    """
+    asked = {
+        d.gpu_quant: d.by["gpu_quant"] for d in placement.decisions if d.gpu_quant not in (None, DEFAULT_GPU_QUANT)
+    }
+    if engine_args.quantization:
+        for quant, where in asked.items():
+            raise ConfigError(
+                f"{where}: {quant} for dense weights and --quantization {engine_args.quantization} are two ways to say "
+                f"the same; leave one of the two out."
+            )
+        return placement  # vLLM's, which then decides on its own what fits
+    served = served_quants()
+    if current_platform.is_cpu():
+        placement = dense_placement.settle(placement, QUANTS[0], served)
+    else:
+        placement = _settle_on_gpu(engine_args, placement, plan, model_config, served)
+    for line in dense_placement.report(placement):
+        logger.info("kt_vllm: %s", line)
+    if placement.config.dense:
+        # Not before: which one is known only now, and vLLM reads it when it makes the rest of its configuration.
+        model_config.quantization = DENSE_QUANTIZATION
+    return placement
+
+
+def _settle_on_gpu(
+    engine_args: "EngineArgs",
+    placement: Placement,
+    plan: CheckpointPlan,
+    model_config: "ModelConfig",
+    served: tuple[str, ...],
+) -> Placement:
+    itemsize = model_config.dtype.itemsize
+    tensor, pipeline = engine_args.tensor_parallel_size, engine_args.pipeline_parallel_size
+    settled = {quant: dense_placement.settle(placement, quant, served) for quant in served}
+    sizes = {
+        quant: dense_placement.device_bytes(choice, plan.family, itemsize, tensor, pipeline)
+        for quant, choice in settled.items()
+    }
+    # By NVML: the process the user started makes no CUDA context.
+    total = current_platform.get_device_total_memory()
+    max_num_batched_tokens, max_num_seqs = default_batch(total)
+    limits = ServingLimits(
+        max_model_len=model_config.max_model_len,
+        max_num_batched_tokens=engine_args.max_num_batched_tokens or max_num_batched_tokens,
+        max_num_seqs=engine_args.max_num_seqs or max_num_seqs,
+        tensor_parallel=tensor,
+        pipeline_parallel=pipeline,
+        itemsize=itemsize,
+        kv_itemsize=1 if str(engine_args.kv_cache_dtype).startswith(("fp8", "int8")) else itemsize,
+        gpu_memory_utilization=engine_args.gpu_memory_utilization,
+        kv_cache_memory_bytes=engine_args.kv_cache_memory_bytes,
+    )
+    fields = config_fields(model_config.hf_text_config)
+    budget = device_budget(fields, limits, total, placement.device_expert_bytes(itemsize))
+    if placement.config.gpu_quant == DEFAULT_GPU_QUANT:
+        quant, reason = choose(sizes, budget)
+        logger.info("kt_vllm: %s", reason)
+    else:
+        quant = placement.config.gpu_quant
+        # What vLLM does beside the weights is an estimate; that they alone do not fit is certain.
+        if sizes[quant] > total:
+            raise ResourceError(
+                f"the dense weights take {sizes[quant] / 1e9:.1f} GB in {quant} and the GPU has {total / 1e9:.1f} GB; "
+                f"give --kt-gpu-quant auto, or a larger GPU."
+            )
+        logger.info("kt_vllm: --kt-gpu-quant %s: %.1f GB of dense weights; %s.", quant, sizes[quant] / 1e9, budget)
+    return settled[quant]
+
+
 def _refuse_placement(engine_args: "EngineArgs", placement: Placement, dtype: str) -> None:
-    """Raises ConfigError for what the rules ask for and this release does not serve; logs what is not as by default."""
-    for sentence in placement.refusals(dtype):
+    """Raises ConfigError for what flags and rules ask for and this release does not serve."""
+    for sentence in dense_placement.refusals(placement, dtype, served_quants()):
         raise ConfigError(sentence)
     on_device = [d for d in placement.decisions if d.device_experts]
     if on_device and engine_args.enable_expert_parallel:
@@ -213,8 +296,6 @@ def _refuse_placement(engine_args: "EngineArgs", placement: Placement, dtype: st
             f"{split[0].by['place']}: single experts on the gpu do not work with --quantization "
             f"{engine_args.quantization}; put all or none of a layer's experts there, or leave --quantization out."
         )
-    for line in placement.report():
-        logger.info("kt_vllm: %s", line)
 
 
 def _workspace_bytes(engine_args: "EngineArgs", config: KTConfig, plan: CheckpointPlan, top_k: int) -> int:

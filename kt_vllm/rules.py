@@ -13,6 +13,7 @@ from types import MappingProxyType
 import regex
 import yaml
 
+from kt_vllm.dense_quant import QUANTS
 from kt_vllm.errors import ConfigError
 from kt_vllm.numa import check_numa
 
@@ -25,7 +26,7 @@ MAX_REPEATS = 10_000
 _COUNT = re.compile(r"(?<=[{,])\d+(?=[},])")
 
 EXPERTS_PLACES = ("cpu", "gpu")
-GPU_QUANTS = ("auto", "bf16", "fp8", "int4")
+GPU_QUANTS = ("auto", *QUANTS)
 # What a rule can be about; a rule is compared only with modules of the kinds that its keys are about.
 EXPERTS_KEYS = ("experts", "gpu_experts", "num_experts_per_tok", "isa", "threads", "numa")
 DENSE_KEYS = ("gpu_quant",)

@@ -98,6 +98,8 @@ class ModelFamily:
     ignored: tensors no parameter stands for, with the reason a user is told; a name ending in "." stands for all that
     begin with it. mtp_reason: why layers from num_layers on are left out (None: they are an error). float16_scale: the
     config.json field whose value vLLM's model loses in float16, unless it is 1.
+    Of vLLM's model, modules of a layer: copied, of which it keeps a second copy in the model's type; replicated, which
+    tensor parallelism does not cut.
     """
 
     gguf_architecture: str
@@ -114,6 +116,8 @@ class ModelFamily:
     float16_scale: str | None = None
     output: str = "lm_head.weight"  # not a parameter of its own where config.json has tie_word_embeddings
     layer_prefix: str = "model.layers.{layer}."
+    copied: tuple[str, ...] = ()
+    replicated: tuple[str, ...] = ()
 
 
 def same(gguf: str, hf: str, *shape: str, keep_float32: bool = False, layers: str = "all") -> DenseName:

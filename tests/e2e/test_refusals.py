@@ -133,7 +133,31 @@ REFUSED: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
         ("none.yaml cannot be read", "give a file as in"),
     ),
     "bad rules": (MODEL, (*WEIGHTS, "--kt-rules", "@/bad.yaml"), ("bad.yaml:3: a rule has an unknown key 'expert'",)),
-    "fp8 dense": (MODEL, (*WEIGHTS, "--kt-rules", "@/fp8.yaml"), ("fp8.yaml:3: gpu_quant fp8 is not in this release",)),
+    "fp8 dense": (
+        MODEL,
+        (*WEIGHTS, "--kt-rules", "@/fp8.yaml"),
+        ("fp8.yaml:3: gpu_quant is fp8, for which there are no",),
+    ),
+    "fp8 by flag": (
+        MODEL,
+        (*WEIGHTS, "--kt-gpu-quant", "fp8"),
+        ("--kt-gpu-quant is fp8, for which there are no kernels on this platform", "give bf16, int4 or auto"),
+    ),
+    "no such dense type": (
+        MODEL,
+        (*WEIGHTS, "--kt-gpu-quant", "int8"),
+        ("--kt-gpu-quant is 'int8'; give one of auto",),
+    ),
+    "int4 twice": (
+        MODEL,
+        (*WEIGHTS, "--kt-gpu-quant", "int4", "--quantization", "fp8_per_tensor"),
+        ("--kt-gpu-quant: int4 for dense weights and --quantization fp8_per_tensor", "leave one of the two out"),
+    ),
+    "int4 in float32": (
+        MODEL,
+        (*WEIGHTS, "--kt-gpu-quant", "int4", "--dtype", "float32"),
+        ("--kt-gpu-quant is int4 and the model runs in float32", "give --dtype bfloat16"),
+    ),
     "expert parallel": (
         MODEL,
         (*WEIGHTS, "--kt-rules", "@/gpu.yaml", "--enable-expert-parallel"),

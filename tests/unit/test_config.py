@@ -57,6 +57,7 @@ def test_every_flag_is_a_field_with_help() -> None:
         "cpu_infer",
         "isa",
         "numa",
+        "gpu_quant",
         "rules",
         "num_experts_per_tok",
         "handover",

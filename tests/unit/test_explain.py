@@ -118,12 +118,31 @@ def test_the_number_of_experts_under_another_name(name: str, tiny_model: Path, t
 
 def test_what_the_engine_would_refuse_is_shown(tiny_model: Path, tiny_gguf: Path, tmp_path: Path) -> None:
     rules = tmp_path / "r.yaml"
+    rules.write_text("rules:\n  - match: lm_head\n    gpu_quant: fp8\n")
+    shown = run(tiny_model, "--kt-gguf", tiny_gguf, "--kt-rules", rules).stdout
+    assert f"refused at start: {rules}:3: gpu_quant is fp8 for lm_head, and embedding, head, norms" in shown
+
+
+def test_dense_weights_by_rules_and_by_the_flag(tiny_model: Path, tiny_gguf: Path, tmp_path: Path) -> None:
+    rules = tmp_path / "r.yaml"
     rules.write_text("rules:\n  - match: o_proj\n    gpu_quant: fp8\n")
     arguments = (tiny_model, "--kt-gguf", tiny_gguf, "--kt-rules", rules)
-    assert f"refused at start: {rules}:3: gpu_quant fp8 is not in this release" in run(*arguments).stdout
-    modules = {m["name"]: m for m in explain_json(*arguments)["modules"]}
-    assert modules["model.layers.1.self_attn.o_proj"]["gpu_quant"] == "fp8"
-    assert "gpu_quant" not in modules["lm_head"]
+    plain = explain_json(tiny_model, "--kt-gguf", tiny_gguf)
+    report = explain_json(*arguments)
+    modules = {m["name"]: m for m in report["modules"]}
+    o_proj = modules["model.layers.1.self_attn.o_proj"]
+    assert (o_proj["gpu_quant"], o_proj["gpu_bytes"]) == ("fp8", 512 * 512 + 4 * 4 * 4)
+    assert "gpu_quant" not in modules["lm_head"] and "gpu_quant" not in modules["model.layers.1.self_attn.q_b_proj"]
+    assert report["gpu_bytes"] == plain["gpu_bytes"] - 4 * (512 * 512 - 64)
+    assert plain["dense_gpu_bytes"]["bf16"] == plain["gpu_bytes"] + 4 * 1024 * 512 * 2
+    assert list(plain["dense_gpu_bytes"]) == ["bf16", "fp8", "int4"]
+    report = explain_json(*arguments, "--kt-gpu-quant", "int4")
+    modules = {m["name"]: m for m in report["modules"]}
+    o_proj = modules["model.layers.1.self_attn.o_proj"]
+    assert (o_proj["gpu_quant"], o_proj["gpu_bytes"]) == ("int4", 512 * 512 * 69 // 128)
+    assert o_proj["decided_by"]["gpu_quant"] == "--kt-gpu-quant"
+    assert "gpu_quant" not in modules["model.layers.1.mlp.gate"]
+    assert list(report["dense_gpu_bytes"]) == ["int4"]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from kt_vllm import _native
 from kt_vllm.checkpoint import CheckpointPlan, ExpertSource, LayerExperts
 from kt_vllm.config import KTConfig, LayerPlacement
 from kt_vllm.cpus import allowed_cpus
+from kt_vllm.dense_placement import refusals
 from kt_vllm.errors import KTError
 from kt_vllm.expert_spans import host_experts, read_expert, select_experts
 from kt_vllm.families import FAMILIES
@@ -57,7 +58,7 @@ def test_the_shipped_rules_put_all_experts_on_the_cpu(plan: CheckpointPlan, tmp_
     assert placement.config.layers == ()
     assert placement.rules is not None and placement.rules.name == "rules/deepseek2.yaml"
     assert placement.host_bytes == plan.expert_bytes and placement.device_expert_bytes(2) == 0
-    assert placement.refusals("float16") == []
+    assert refusals(placement, "float16") == []
     assert {decision.by["place"].split(":")[0] for decision in placement.decisions} == {"rules/deepseek2.yaml"}
 
 
@@ -119,8 +120,8 @@ def test_the_first_match_wins(plan: CheckpointPlan, tmp_path: Path) -> None:
     # Halves of layer 1 on either side, layer 2 on the device; in bf16 there.
     assert placement.host_bytes == plan.experts[1].nbytes // 2
     assert placement.device_expert_bytes(2) == (plan.experts[1].nbytes // 2 + plan.experts[2].nbytes) // 2
-    assert placement.refusals("bfloat16") == [
-        f"{name}:9: gpu_quant fp8 is not in this release, whose dense modules have the model's own type; give auto."
+    assert refusals(placement, "bfloat16", ("bf16", "int4")) == [
+        f"{name}:9: gpu_quant is fp8, for which there are no kernels on this platform; give bf16, int4 or auto."
     ]
     assert any("routed experts of layers 2 are on" in line for line in placement.report())
 
@@ -129,15 +130,6 @@ def test_all_of_a_layers_experts_by_number_is_the_whole_layer(plan: CheckpointPl
     for some in ("4", "[0, 1, 2, 3]"):
         placement = resolve(plan, tmp_path, f"rules:\n  - layers: 1\n    gpu_experts: {some}")
         assert placement.config.layers == (LayerPlacement(1, None),)
-
-
-def test_bf16_is_what_a_bf16_model_has_anyway(plan: CheckpointPlan, tmp_path: Path) -> None:
-    placement = resolve(plan, tmp_path, "rules:\n  - match: lm_head\n    gpu_quant: bf16")
-    assert placement.refusals("bfloat16") == []
-    (sentence,) = placement.refusals("float16")
-    assert sentence.endswith(
-        "rules.yaml:3: gpu_quant is bf16 and the model runs in float16; give auto or --dtype bfloat16."
-    )
 
 
 def test_the_command_line_wins(plan: CheckpointPlan, tmp_path: Path) -> None:

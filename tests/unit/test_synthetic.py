@@ -64,6 +64,20 @@ def test_weights_of_one_size(script: ModuleType, tmp_path: Path, recipe: str, sh
     assert np.asarray(read_dense(model.tensors["blk.0.attn_norm.weight"])).min() == 1
 
 
+def test_dense_weights_alone(script: ModuleType, tmp_path: Path) -> None:
+    config = script.make_config("deepseek-r1")
+    tensors = {t.name: t for t in script.tensors_of(config, "Q4_K_M", routed_experts=False)}
+    everything = {t.name: t for t in script.tensors_of(config, "Q4_K_M")}
+    assert everything.keys() - tensors.keys() == {
+        f"blk.{i}.ffn_{part}_exps.weight" for i in range(3, 61) for part in ("gate", "up", "down")
+    }
+    assert all(everything[name] == tensor for name, tensor in tensors.items())
+    assert sum(t.nbytes for t in tensors.values()) / 1e9 == pytest.approx(10.3, rel=0.05)
+    script.write(tmp_path / "m", script.make_config("tiny-deepseek-v3"), "Q4_K_M", "tiny", routed_experts=False)
+    model = GGUFModel.open(tmp_path / "m")
+    assert "blk.1.ffn_gate_shexp.weight" in model.tensors and "blk.1.ffn_gate_exps.weight" not in model.tensors
+
+
 def test_refusals(script: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"--layers is 3, and the first 3 have no experts: give more"):
         script.make_config("deepseek-r1", 3)

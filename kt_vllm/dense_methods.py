@@ -1,0 +1,192 @@
+"""Dense weights on vLLM's device in fp8 or int4, each quantised as soon as it is complete.
+
+vLLM builds a linear layer through its quantisation config, so ours, DenseQuantConfig, hands out a method for each
+layer. Both methods are vLLM's online ones: the weight stands on "meta" until all its parts have come from the GGUF, in
+the model's type and in host memory; then it goes to the device, is quantised, and only the result stays there.
+"""
+
+from typing import Any
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.kernels.linear.mixed_precision.cpu import CPUWNA16LinearKernel
+from vllm.model_executor.kernels.linear.mixed_precision.marlin import MarlinLinearKernel
+from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import MPLinearKernel, MPLinearLayerConfig
+from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.quantization.online.fp8 import Fp8PerBlockOnlineLinearMethod, OnlineLinearBase
+from vllm.model_executor.parameter import GroupQuantScaleParameter, PackedvLLMParameter
+from vllm.platforms import current_platform
+from vllm.scalar_type import scalar_types
+
+from kt_vllm import int4
+from kt_vllm.config import KTConfig
+from kt_vllm.dense_quant import INT4_GROUP, QUANTS, fitting
+from kt_vllm.errors import ConfigError
+from kt_vllm.log import init_logger
+
+logger = init_logger(__name__)
+
+DENSE_QUANTIZATION = "kt_dense"
+# vLLM looks for the first where it wants to know a weight's device.
+_INT4_NAMES = ("weight_packed", "weight_scale", "weight_zero_point")
+
+
+def served_quants() -> tuple[str, ...]:
+    """What this platform has kernels for, the most exact first."""
+    if current_platform.is_cuda():
+        return QUANTS
+    return ("bf16", "int4") if current_platform.is_cpu() else ("bf16",)
+
+
+class DenseQuantConfig(QuantizationConfig):
+    """vLLM's `quantization` where KTConfig.dense names modules; all others stay in the model's type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._quants: dict[str, str] | None = None
+        self._built: dict[str, int] = {}
+        self._not_as_asked: dict[tuple[str, str], list[str]] = {}
+
+    @classmethod
+    def get_name(cls) -> str:
+        return DENSE_QUANTIZATION
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 80
+
+    @classmethod
+    def get_config_filenames(cls) -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "DenseQuantConfig":
+        raise ConfigError(f"quantization {DENSE_QUANTIZATION!r} is chosen by --kt-gpu-quant; give that instead.")
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """None (vLLM's own, in the model's type) for all but linear layers."""
+        if not isinstance(layer, LinearBase):
+            return None
+        wanted = self._wanted(prefix)
+        # Whatever its class: with tensor parallelism a device has a part of the columns, or of the rows.
+        cols = vars(layer).get("input_size_per_partition", layer.input_size)
+        quant, reason = fitting(wanted, sum(layer.output_partition_sizes), cols, served_quants())
+        if reason is not None:
+            self._not_as_asked.setdefault((quant, reason), []).append(prefix)
+        self._built[quant] = self._built.get(quant, 0) + 1
+        methods: dict[str, type[LinearMethodBase]] = {
+            "bf16": UnquantizedLinearMethod,
+            "fp8": Fp8PerBlockOnlineLinearMethod,
+            "int4": Int4OnlineLinearMethod,
+        }
+        return methods[quant]()
+
+    def _wanted(self, prefix: str) -> str:
+        """Of a layer by its name in vLLM's model; the most exact of its parts where it is several of the checkpoint."""
+        if self._quants is None:
+            config = KTConfig.from_vllm_config(get_current_vllm_config())
+            entries = () if config is None else config.dense
+            self._quants = {entry.module.format(layer): entry.quant for entry in entries for layer in entry.layers}
+        parent, _, last = prefix.rpartition(".")
+        parts = [f"{parent}.{part}" for part in self.packed_modules_mapping.get(last, [last])]
+        quants = {part: self._quants.get(part, QUANTS[0]) for part in parts}
+        best = min(quants.values(), key=QUANTS.index)
+        for part, quant in quants.items():
+            if quant != best:
+                reason = f"it is one weight with another that is, and {part.rpartition('.')[2]} was to be in {quant}"
+                self._not_as_asked.setdefault((best, reason), []).append(prefix)
+        return best
+
+    def report(self) -> list[str]:
+        """Lines for the log: what was built, and what is not as it was asked for."""
+        counts = ", ".join(f"{count} in {quant}" for quant, count in sorted(self._built.items()))
+        lines = [f"dense linear layers on the device: {counts}."]
+        for (quant, reason), names in self._not_as_asked.items():
+            lines.append(f"{len(names)} of them are in {quant}, as {reason}: {', '.join(names[:4])}.")
+        return lines
+
+
+class Int4OnlineLinearMethod(OnlineLinearBase):
+    """int4.quantize() on the way in, Marlin on CUDA and vLLM's WNA16 kernel on the CPU platform for the product.
+
+    Marlin, and not what vLLM would choose: Machete keeps zero points as wide as scales, 4.5 bits a weight in place of
+    4.31, and is for Hopper alone.
+    """
+
+    activation_quant_key = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Where it is set, vLLM prepares attention twice, and with AMX the first time throws kv_b_proj's weight away.
+        self.uses_meta_device = not current_platform.is_cpu()
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        super().create_weights(
+            layer,
+            input_size_per_partition,
+            output_partition_sizes,
+            input_size,
+            output_size,
+            params_dtype,
+            **extra_weight_attrs,
+        )
+        config = MPLinearLayerConfig(
+            full_weight_shape=(input_size, output_size),
+            partition_weight_shape=(input_size_per_partition, sum(output_partition_sizes)),
+            weight_type=scalar_types.uint4,
+            act_type=params_dtype,
+            group_size=INT4_GROUP,
+            zero_points=True,
+        )
+        kernel: type[MPLinearKernel] = CPUWNA16LinearKernel if current_platform.is_cpu() else MarlinLinearKernel
+        can, reason = kernel.can_implement(config)
+        if not can:
+            raise ConfigError(
+                f"vLLM's {kernel.__name__} cannot compute int4 weights here ({reason}); give --kt-gpu-quant bf16."
+            )
+        self.kernel = kernel(config, *_INT4_NAMES)
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        # vLLM calls this when the weight is complete, and again for all layers at the end.
+        if _INT4_NAMES[0] in layer._parameters:
+            return
+        stored = int4.quantize(self.get_weight_for_quantization(layer), INT4_GROUP)
+        del layer.weight
+        register_int4(layer, stored)
+        self.kernel.process_weights_after_loading(layer)
+
+    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x: [..., input_size] -> [..., output_size]."""
+        return self.kernel.apply_weights(layer, x, bias)
+
+
+def register_int4(layer: torch.nn.Module, stored: int4.Int4Weight) -> tuple[str, str, str]:
+    """Makes the numbers parameters of `layer` as vLLM's kernels expect them, and returns their names."""
+    along = {"input_dim": 1, "output_dim": 0, "weight_loader": _no_checkpoint_has_this}
+    factor = {"packed_factor": int4.CODES_PER_INT32}
+    parameters = (
+        PackedvLLMParameter(data=stored.packed, packed_dim=1, **factor, **along),
+        GroupQuantScaleParameter(data=stored.scale, **along),
+        PackedvLLMParameter(data=stored.zero, packed_dim=0, **factor, **along),
+    )
+    for name, parameter in zip(_INT4_NAMES, parameters, strict=True):
+        layer.register_parameter(name, parameter)
+    return _INT4_NAMES
+
+
+def _no_checkpoint_has_this(*_: object) -> None:
+    raise RuntimeError("int4 weights are made from the model's own and never loaded.")

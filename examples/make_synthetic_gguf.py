@@ -10,10 +10,12 @@ OUT gets the GGUF, config.json and a small tokenizer. Its answers are noise; mem
 import argparse
 import json
 import math
+import os
 import shutil
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -232,6 +234,26 @@ class _Pools:
             yield piece
 
 
+def _fill(path: Path, parts: list[tuple[int, Tensor]], pools: _Pools, threads: int, progress: tqdm) -> None:
+    """Writes the tensors, each at its offset. A mapped file, since threads that write() to one file wait in turn."""
+    target = np.memmap(path, np.uint8, "r+")
+
+    def pieces() -> Iterator[tuple[int, NDArray[np.uint8]]]:
+        for offset, tensor in parts:
+            for piece in pools.pieces(tensor):
+                yield offset, piece
+                offset += len(piece)
+
+    def copy(job: tuple[int, NDArray[np.uint8]]) -> int:
+        offset, piece = job
+        target[offset : offset + len(piece)] = piece
+        return len(piece)
+
+    with ThreadPoolExecutor(threads) as executor:
+        for nbytes in executor.map(copy, pieces()):
+            progress.update(nbytes)
+
+
 def write(
     folder: Path,
     config: dict[str, Any],
@@ -240,8 +262,10 @@ def write(
     shard_bytes: int = 0,
     seed: int = 0,
     routed_experts: bool = True,
+    threads: int | None = None,
 ) -> float:
     """Writes model, config.json and tokenizer; returns GB a second."""
+    threads = threads or len(os.sched_getaffinity(0))
     tensors = list(tensors_of(config, recipe, routed_experts))
     total = sum(t.nbytes for t in tensors)
     folder.mkdir(parents=True, exist_ok=True)
@@ -261,12 +285,14 @@ def write(
     begin = time.perf_counter()
     with tqdm(total=total, unit="B", unit_scale=True, disable=None) as progress:
         for out, names in zip(writer.fout, writer.tensors, strict=True):
-            for tensor in map(by_name.__getitem__, names):
-                writer.write_padding(out, out.tell())
-                for piece in pools.pieces(tensor):
-                    out.write(memoryview(piece))
-                    progress.update(len(piece))
             writer.write_padding(out, out.tell())
+            position, parts = out.tell(), []
+            for tensor in map(by_name.__getitem__, names):
+                parts.append((position, tensor))
+                position += writer.ggml_pad(tensor.nbytes, writer.data_alignment)
+            out.truncate(position)
+            out.flush()
+            _fill(Path(out.name), parts, pools, threads, progress)
     writer.close()
     return total / 1e9 / (time.perf_counter() - begin)
 
@@ -281,10 +307,11 @@ def main() -> None:
     parser.add_argument("--type", choices=("Q4_K_M", *TYPES), default="Q4_K_M", help="the mix, or one for all matrices")
     parser.add_argument("--shard-gb", type=float, default=0, help="cut into files of about so many GB")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, help="that write; default: one for each CPU")
     args = parser.parse_args()
     config = make_config(args.like, args.layers, args.experts)
     shard_bytes = int(args.shard_gb * 1e9)
-    speed = write(args.folder, config, args.type, args.like, shard_bytes, args.seed, not args.no_experts)
+    speed = write(args.folder, config, args.type, args.like, shard_bytes, args.seed, not args.no_experts, args.threads)
     print(
         f"{args.folder}: {sum(f.stat().st_size for f in args.folder.glob('*.gguf')) / 1e9:.2f} GB at {speed:.1f} GB/s"
     )

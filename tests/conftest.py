@@ -18,8 +18,6 @@ def _cpu_flags() -> set[str]:
 def _missing() -> dict[str, str]:
     """Marker -> why its tests cannot run here. Imports neither torch nor vLLM: that would take seconds."""
     missing = {}
-    if not Path("/proc/driver/nvidia/version").exists():
-        missing["gpu"] = "no NVIDIA driver"
     if not {"amx_tile", "amx_bf16", "avx512_fp16"} <= _cpu_flags():
         missing["amx"] = "the CPU has no AMX"
     if importlib.util.find_spec("vllm") is None:
@@ -27,11 +25,20 @@ def _missing() -> dict[str, str]:
     return missing
 
 
+def _has_gpu() -> bool:
+    """Imports torch, so that only tests for a GPU should ask."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if "full" not in config.getoption("-m"):
         config.hook.pytest_deselected(items=[item for item in items if "full" in item.keywords])
         items[:] = [item for item in items if "full" not in item.keywords]
     missing = _missing()
+    if any("gpu" in item.keywords for item in items) and not _has_gpu():
+        missing["gpu"] = "torch finds no NVIDIA GPU"
     for item in items:
         for marker, reason in missing.items():
             if marker in item.keywords:

@@ -192,8 +192,7 @@ void Coordinator::watch() {
     int64_t waited_ns = 0;
   };
   std::vector<Seen> seen(options_.slots.size());
-  for (int64_t last = now_ns(), now;
-       !stopping_.load(std::memory_order_relaxed) && !failed_.load(std::memory_order_relaxed); last = now) {
+  for (int64_t last = now_ns(), now; !stopping_.load(std::memory_order_relaxed); last = now) {
     nap(kWatchNanoseconds);
     now = now_ns();
     for (size_t i = 0; i < seen.size(); ++i) {

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import sys
 import time
 from argparse import Namespace
@@ -320,6 +321,9 @@ def main(arguments: Sequence[str]) -> None:
                 Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
 
         run(EngineArgs.from_cli_args(args), bench, save, None if args.trace is None else Path(args.trace))
+        sys.stdout.flush()
+        # Not through the interpreter's end: vLLM's threads may still free tensors there, and torch then aborts.
+        os._exit(0)
     except (KTError, _native.NativeError, OSError) as error:
         sys.stderr.write(f"{_PROGRAM}: {error}\n")
         raise SystemExit(2) from None

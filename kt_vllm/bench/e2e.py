@@ -18,6 +18,7 @@ from vllm import EngineArgs, SamplingParams
 from vllm.platforms import current_platform
 from vllm.plugins import load_general_plugins
 from vllm.sampling_params import RequestOutputKind
+from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.metrics.loggers import StatLoggerBase
@@ -107,7 +108,8 @@ class Engine:
             return loggers[-1]
 
         begin = time.perf_counter()
-        self.llm = LLMEngine.from_engine_args(engine_args, stat_loggers=[make_logger])
+        # With the defaults of `vllm serve`.
+        self.llm = LLMEngine.from_engine_args(engine_args, UsageContext.OPENAI_API_SERVER, stat_loggers=[make_logger])
         self.start_seconds = time.perf_counter() - begin
         self.config = self.llm.vllm_config
         self.graphs = loggers[0].seen if loggers else Counter()

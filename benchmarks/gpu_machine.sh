@@ -7,7 +7,7 @@
 # STEP, in the order of importance; default: all of them.
 #   build       the extension, and what lets vLLM find the plugin
 #   handover    hand-over alone: tests, and what it costs
-#   accuracy    the tiny model, every mode; ACCURACY="-k graphs" chooses
+#   accuracy    the tiny model, every mode; ACCURACY="-k test_graphs" chooses an engine
 #   few, many   DeepSeek-R1's shape with 3 and 7 MoE layers: made, prefill and decode measured, a decode step traced
 #   serve       `vllm bench serve` with the model of `many`
 #   quant       dense weights in fp8 and int4: tests

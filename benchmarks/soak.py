@@ -264,6 +264,8 @@ async def soak(args: argparse.Namespace, flags: list[str]) -> tuple[dict[str, An
             problems.append(f"{what} memory grew by {grown[key] / 2**20:.0f} MiB, more than {limit >> 20} MiB")
     if grown.get("threads", 0) > 0:
         problems.append(f"{grown['threads']:.0f} threads more than after the warm-up")
+    if len(figures.samples) < 4:
+        problems.append(f"memory was looked at {len(figures.samples)} times only")
     if figures.completed == 0:
         problems.append("no request was completed")
     if lost and lost["stopped"]:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import sys
 import time
 from argparse import Namespace
@@ -17,6 +18,7 @@ from vllm import EngineArgs, SamplingParams
 from vllm.platforms import current_platform
 from vllm.plugins import load_general_plugins
 from vllm.sampling_params import RequestOutputKind
+from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.metrics.loggers import StatLoggerBase
@@ -106,7 +108,8 @@ class Engine:
             return loggers[-1]
 
         begin = time.perf_counter()
-        self.llm = LLMEngine.from_engine_args(engine_args, stat_loggers=[make_logger])
+        # With the defaults of `vllm serve`.
+        self.llm = LLMEngine.from_engine_args(engine_args, UsageContext.OPENAI_API_SERVER, stat_loggers=[make_logger])
         self.start_seconds = time.perf_counter() - begin
         self.config = self.llm.vllm_config
         self.graphs = loggers[0].seen if loggers else Counter()
@@ -320,6 +323,9 @@ def main(arguments: Sequence[str]) -> None:
                 Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
 
         run(EngineArgs.from_cli_args(args), bench, save, None if args.trace is None else Path(args.trace))
+        sys.stdout.flush()
+        # Not through the interpreter's end: vLLM's threads may still free tensors there, and torch then aborts.
+        os._exit(0)
     except (KTError, _native.NativeError, OSError) as error:
         sys.stderr.write(f"{_PROGRAM}: {error}\n")
         raise SystemExit(2) from None

@@ -115,6 +115,7 @@ def read_clock(model: nn.Module) -> Clock:
     """Since the start of the process. Of the worker on which start_clock() ran."""
     total = Clock(*asdict(_host.sums).values())
     for handover in _handovers:
-        total += Clock(0, **handover.coordinator.stats)
+        stats = handover.coordinator.stats
+        total += Clock(0, *(stats[key] for key in ("num_calls", "num_tokens", "executor_ns", "between_ns")))
     total.num_layers = _num_layers
     return total

@@ -50,7 +50,9 @@ def summarise_trace(path: Path, num_layers: int) -> dict[str, Any] | None:
     call_time = sum(b - a for a, b in calls)
     work = _length([(span.begin, min(span.end, end)) for span in others])
     launches = [
-        e for e in events if e.get("name") == "cudaGraphLaunch" and e.get("ph") == "X" and begin <= float(e["ts"]) < end
+        e
+        for e in events
+        if e.get("ph") == "X" and e["name"].startswith("cudaGraphLaunch") and begin <= float(e["ts"]) < end
     ]
     times: dict[str, list[float]] = defaultdict(list)
     for span in inside:

@@ -1,6 +1,7 @@
 """The whole way of a token with the experts on the CPU and everything else on a GPU, against exact log-probabilities.
 
-Each configuration is one engine, asked everything at once by engine_checks.py; the most important come first.
+Each configuration is one engine, asked everything at once by engine_checks.py; the most important come first. The first
+word of a test's name is the engine it asks: -k test_graphs starts one.
 """
 
 import functools
@@ -40,8 +41,11 @@ def results(name: str) -> dict[str, Any]:
     rules = Path(tempfile.mkdtemp(), "rules.yaml")
     rules.write_text(TWO_OF_THREE)
     graphs = {**FEW, **SIZES}
+    # No step has more tokens than the largest piecewise graph, so that prefill is made of those.
+    piecewise = {**FEW, "max_num_batched_tokens": 256}
+    piecewise["compilation_config"] = {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128, 256]}
     checks, llm, kt = {
-        "graphs": ("score,decode,steps,prefix,trace,watchdog", graphs, {"watchdog_seconds": WATCHDOG_SECONDS}),
+        "graphs": ("score,decode,steps,prefix,trace,watchdog", piecewise, {"watchdog_seconds": WATCHDOG_SECONDS}),
         "eager": ("score,decode", {**FEW, "enforce_eager": True}, {}),
         # Chunks of 64 tokens, a cache of 768, no scheduling ahead, and memory that can go away.
         "small": (
@@ -104,7 +108,7 @@ def assert_same(seen: dict[str, float]) -> None:
     """Decode steps against a prefill of the same tokens: another batch, as in the server's test."""
     assert seen["tokens"] > 0
     assert seen["mean"] < MAX_MEAN_BATCHED_LOGPROB_DIFFERENCE, seen
-    assert seen["max"] < MAX_BATCHED_LOGPROB_DIFFERENCE, seen
+    assert seen["most"] < MAX_BATCHED_LOGPROB_DIFFERENCE, seen
 
 
 def check_decode(name: str, kind: str | None) -> None:
@@ -114,74 +118,76 @@ def check_decode(name: str, kind: str | None) -> None:
             continue
         assert_same(seen)
         if kind is not None:
-            # The first of 24 tokens comes from the prefill.
-            assert seen["graphs"].get(kind, 0) >= 23, (batch, seen)
+            # The first of 24 tokens comes from the prefill, which may be two chunks and more.
+            assert seen["graphs"].get(kind, 0) >= 20, (batch, seen)
 
 
-def test_exact_in_graphs() -> None:
+def test_graphs_are_exact() -> None:
     assert_exact_enough(result("graphs", "score"))
     engine = result("graphs", "engine")
     assert "FULL_AND_PIECEWISE" in engine["cudagraph_mode"] and engine["clock"][0].startswith("coordinator, "), engine
 
 
-def test_decode_steps_are_full_graphs_and_right_in_every_batch() -> None:
+def test_graphs_are_full_and_right_in_every_batch() -> None:
     check_decode("graphs", "FULL")
+    for batch in ("1", "16"):
+        assert result("graphs", "decode")[batch]["graphs"].get("PIECEWISE", 0) >= 1, "prefill"
 
 
-def test_a_decode_step_launches_one_graph() -> None:
+def test_graphs_one_for_a_decode_step() -> None:
     trace = result("graphs", "trace")
     assert set(trace["graphs"]) == {"FULL"}, trace
     assert trace["graph_launches"] == pytest.approx(1, abs=0.2), trace
 
 
-def test_exact_in_eager_mode() -> None:
+def test_eager_mode_is_exact() -> None:
     assert_exact_enough(result("eager", "score"))
     check_decode("eager", "NONE")
 
 
-def test_prefix_caching() -> None:
+def test_graphs_with_prefix_caching() -> None:
     prefix = result("graphs", "prefix")
     assert_same(prefix)
     assert min(prefix["cached"]) >= 64, prefix
 
 
-def test_a_lost_coordinator_ends_the_engine() -> None:
+def test_graphs_without_coordinator_end() -> None:
     watchdog, found = result("graphs", "watchdog"), results("graphs")
     assert found["status"] == 1, found["status"]
     assert "kt_vllm: error: the executor did not answer MoE layer" in found["log"]
     assert found["ended_at"] - watchdog["at"] < WATCHDOG_SECONDS + WATCHDOG_SLACK_SECONDS
 
 
-def test_exact_with_chunked_prefill() -> None:
+def test_small_chunks_are_exact() -> None:
     assert_exact_enough(result("small", "score"))
     assert not result("small", "engine")["async_scheduling"]
 
 
-def test_preemption() -> None:
+def test_small_cache_preempts() -> None:
     preemption = result("small", "preemption")
     assert preemption["preemptions"] > 0, preemption
     assert_same(preemption)
 
 
-def test_sleep_level_1() -> None:
+def test_small_sleep_level_1() -> None:
     sleep = result("small", "sleep")
     assert_same(sleep)
     assert_same(sleep["decode"])
 
 
-def test_host_functions() -> None:
+def test_hostfunc_is_exact() -> None:
     assert_exact_enough(result("hostfunc", "score"))
     assert result("hostfunc", "engine")["clock"] == ["coordinator, hostfunc"]
     check_decode("hostfunc", "FULL")
 
 
-def test_two_of_three_moe_layers_on_the_gpu() -> None:
+def test_rules_two_of_three_moe_layers_on_the_gpu() -> None:
     """With full graphs, as exact as with all on the CPU."""
     assert_exact_enough(result("rules", "score"))
     check_decode("rules", "FULL")
 
 
-def test_moe_layers_on_the_gpu_make_steps_faster() -> None:
+def test_rules_make_steps_faster() -> None:
     with_rules, without = result("rules", "steps"), result("graphs", "steps")
     assert with_rules["ms"] < without["ms"], (with_rules, without)
 

@@ -15,11 +15,23 @@ def _cpu_flags() -> set[str]:
     return set()
 
 
+def _no_gpu() -> str | None:
+    """Why there is none. Imports torch, which takes seconds, only where a driver is."""
+    if not any(Path(path).exists() for path in ("/proc/driver/nvidia/version", "/dev/nvidiactl")):
+        return "no NVIDIA driver"
+    if importlib.util.find_spec("torch") is None:
+        return "torch is not installed"
+    import torch
+
+    return None if torch.cuda.is_available() else "torch sees no CUDA device"
+
+
 def _missing() -> dict[str, str]:
-    """Marker -> why its tests cannot run here. Imports neither torch nor vLLM: that would take seconds."""
+    """Marker -> why its tests cannot run here. Imports no vLLM: that would take seconds."""
     missing = {}
-    if not Path("/proc/driver/nvidia/version").exists():
-        missing["gpu"] = "no NVIDIA driver"
+    no_gpu = _no_gpu()
+    if no_gpu is not None:
+        missing["gpu"] = no_gpu
     if not {"amx_tile", "amx_bf16", "avx512_fp16"} <= _cpu_flags():
         missing["amx"] = "the CPU has no AMX"
     if importlib.util.find_spec("vllm") is None:

@@ -15,9 +15,23 @@ def _cpu_flags() -> set[str]:
     return set()
 
 
+def _no_gpu() -> str | None:
+    """Why there is none. Imports torch, which takes seconds, only where a driver is."""
+    if not any(Path(path).exists() for path in ("/proc/driver/nvidia/version", "/dev/nvidiactl")):
+        return "no NVIDIA driver"
+    if importlib.util.find_spec("torch") is None:
+        return "torch is not installed"
+    import torch
+
+    return None if torch.cuda.is_available() else "torch sees no CUDA device"
+
+
 def _missing() -> dict[str, str]:
-    """Marker -> why its tests cannot run here. Imports neither torch nor vLLM: that would take seconds."""
+    """Marker -> why its tests cannot run here. Imports no vLLM: that would take seconds."""
     missing = {}
+    no_gpu = _no_gpu()
+    if no_gpu is not None:
+        missing["gpu"] = no_gpu
     if not {"amx_tile", "amx_bf16", "avx512_fp16"} <= _cpu_flags():
         missing["amx"] = "the CPU has no AMX"
     if importlib.util.find_spec("vllm") is None:
@@ -25,20 +39,11 @@ def _missing() -> dict[str, str]:
     return missing
 
 
-def _has_gpu() -> bool:
-    """Imports torch, so that only tests for a GPU should ask."""
-    import torch
-
-    return torch.cuda.is_available()
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if "full" not in config.getoption("-m"):
         config.hook.pytest_deselected(items=[item for item in items if "full" in item.keywords])
         items[:] = [item for item in items if "full" not in item.keywords]
     missing = _missing()
-    if any("gpu" in item.keywords for item in items) and not _has_gpu():
-        missing["gpu"] = "torch finds no NVIDIA GPU"
     for item in items:
         for marker, reason in missing.items():
             if marker in item.keywords:

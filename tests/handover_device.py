@@ -56,10 +56,10 @@ class Function:
 
 @contextlib.contextmanager
 def modules() -> Iterator[types.SimpleNamespace]:
-    """device_layer, ways, kernels and staging; afterwards they are as if never imported."""
-    own = [name for name in sys.modules if name.split(".")[:2] == PACKAGE.split(".")]
-    assert not own, f"{own} are imported already, with vLLM's Triton"
+    """device_layer, ways, kernels and staging; afterwards what was imported before is so again, and nothing else."""
     with pytest.MonkeyPatch.context() as patch:
+        for name in own_modules():
+            patch.delitem(sys.modules, name)
         for name, module in triton_utils().items():
             patch.setitem(sys.modules, name, module)
         patch.setenv("TRITON_INTERPRET", "1")
@@ -73,8 +73,12 @@ def modules() -> Iterator[types.SimpleNamespace]:
         try:
             yield loaded
         finally:
-            for name in [name for name in sys.modules if name.split(".")[:2] == PACKAGE.split(".")]:
+            for name in own_modules():
                 del sys.modules[name]
+
+
+def own_modules() -> list[str]:
+    return [name for name in sys.modules if name.split(".")[:2] == PACKAGE.split(".")]
 
 
 def no_fence():

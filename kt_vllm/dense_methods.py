@@ -148,7 +148,9 @@ class Int4OnlineLinearMethod(OnlineLinearBase):
             full_weight_shape=(input_size, output_size),
             partition_weight_shape=(input_size_per_partition, sum(output_partition_sizes)),
             weight_type=scalar_types.uint4,
-            act_type=params_dtype,
+            # On the CPU platform anything but bfloat16 keeps vLLM 0.32 from its W4A8 kernel, which rounds activations
+            # to int8, and compiled with tensor parallelism gives NaN.
+            act_type=torch.float32 if current_platform.is_cpu() else params_dtype,
             group_size=INT4_GROUP,
             zero_points=True,
         )

@@ -66,7 +66,8 @@ def modules() -> Iterator[types.SimpleNamespace]:
         names = ("device_layer", "kernels", "staging", "ways")
         loaded = types.SimpleNamespace(**{name: importlib.import_module(f"{PACKAGE}.{name}") for name in names})
         # The interpreter has no inline assembly. The loads and stores of one thread on x86 are in order.
-        patch.setattr(loaded.kernels, "_fence", triton.jit(no_fence))
+        patch.setattr(loaded.kernels, "_store_release", triton.jit(plain_store))
+        patch.setattr(loaded.kernels, "_poll", triton.jit(plain_poll))
         patch.setattr(loaded.ways.ctypes, "CDLL", Driver)
         patch.setattr(torch.cuda, "Event", Event)
         patch.setattr(torch.cuda, "current_stream", lambda: types.SimpleNamespace(cuda_stream=0))
@@ -81,8 +82,13 @@ def own_modules() -> list[str]:
     return [name for name in sys.modules if name.split(".")[:2] == PACKAGE.split(".")]
 
 
-def no_fence():
-    pass
+def plain_store(pointer, word):
+    tl.store(pointer, word)
+
+
+def plain_poll(pointer, value):
+    while tl.load(pointer) != value:
+        pass
 
 
 def await_reply(slot, seconds: float = 20) -> None:

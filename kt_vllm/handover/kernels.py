@@ -5,8 +5,8 @@ All pointers named staged_*, request and reply are pinned host memory, which the
 one have written their rows.
 
 Neither side sees a flag before what was written ahead of it. Barrier and atomic bring all rows before the last
-program's fence, which is for the whole system and holds for them too (PTX memory model: release patterns are
-cumulative); a fence after a reply was seen keeps the loads of the output behind it.
+program's release, which is for the whole system and holds for them too (PTX memory model: it is cumulative); an acquire
+of the reply and a barrier keep the loads of the output behind it.
 """
 
 import torch
@@ -16,28 +16,54 @@ from vllm.triton_utils import tl, triton
 _NUM_WARPS = 8
 
 
+# Of the threads of a program, the first alone: every poll is a read over the bus, in whose way the host's answer is.
+# Labels and registers in braces are the block's own.
+_RELEASE = tl.constexpr("""{
+    .reg .pred %other;
+    .reg .b32 %thread;
+    mov.u32 %thread, %tid.x;
+    setp.ne.u32 %other, %thread, 0;
+    @%other bra $$L_end;
+    st.release.sys.global.u64 [$1], $2;
+$$L_end:
+    mov.u32 $0, 0;
+}""")
+_ACQUIRE = tl.constexpr("""{
+    .reg .pred %other;
+    .reg .b32 %thread, %seen;
+    mov.u32 %thread, %tid.x;
+    setp.ne.u32 %other, %thread, 0;
+    @%other bra $$L_end;
+$$L_again:
+    ld.acquire.sys.global.u32 %seen, [$1];
+    setp.ne.u32 %other, %seen, $2;
+    @%other bra $$L_again;
+$$L_end:
+    mov.u32 $0, 0;
+}""")
+
+
 @triton.jit
-def _fence() -> None:
-    # Takes and gives a value only because an assembly without any has no place in the program.
-    tl.inline_asm_elementwise(
-        "fence.acq_rel.sys; mov.u32 $0, $1;", "=r,r", [tl.program_id(0)], dtype=tl.int32, is_pure=False, pack=1
-    )
+def _store_release(pointer, word):
+    tl.inline_asm_elementwise(_RELEASE, "=r,l,l", [pointer.to(tl.int64), word], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def _poll(pointer, value):
+    tl.inline_asm_elementwise(_ACQUIRE, "=r,l,r", [pointer.to(tl.int64), value], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
 def _raise_request(request, sent, message):
     sequence = tl.load(sent) + 1
     tl.store(sent, sequence)
-    _fence()
-    tl.store(request, (sequence.to(tl.int64) << 32) | message)
+    _store_release(request, (sequence.to(tl.int64) << 32) | message)
 
 
 @triton.jit
 def _wait_for_reply(reply, sent):
-    sequence = tl.load(sent)
-    while tl.load(reply, volatile=True) != sequence:
-        pass
-    _fence()
+    _poll(reply, tl.load(sent))
+    tl.debug_barrier()
 
 
 @triton.jit(do_not_specialize=["message"], do_not_specialize_on_alignment=["weights", "ids", "padding"])
@@ -58,6 +84,7 @@ def _send_rows(
     HIDDEN_BLOCK: tl.constexpr,
     TOP_K_BLOCK: tl.constexpr,
     HAS_PADDING: tl.constexpr,
+    ONE_ROW: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, HIDDEN_BLOCK)
@@ -72,17 +99,22 @@ def _send_rows(
     tl.store(staged_ids + row * top_k + choices, row_ids, mask=chosen)
     tl.store(staged_weights + row * top_k + choices, tl.load(weights + row * top_k + choices, mask=chosen), mask=chosen)
     tl.debug_barrier()
-    if tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
+    if ONE_ROW:
+        _raise_request(request, sent, message)
+    elif tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
         tl.store(arrived, 0)
         _raise_request(request, sent, message)
 
 
 @triton.jit
-def _receive_rows(staged_output, output, reply, sent, hidden_size: tl.constexpr, HIDDEN_BLOCK: tl.constexpr):
+def _receive_rows(
+    staged_output, output, reply, sent, hidden_size: tl.constexpr, HIDDEN_BLOCK: tl.constexpr, WAIT: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, HIDDEN_BLOCK)
     inside = columns < hidden_size
-    _wait_for_reply(reply, sent)
+    if WAIT:
+        _wait_for_reply(reply, sent)
     values = tl.load(staged_output + row * hidden_size + columns, mask=inside)
     tl.store(output + row * hidden_size + columns, values, mask=inside)
 
@@ -126,6 +158,7 @@ def send_rows(
         triton.next_power_of_2(hidden_size),
         triton.next_power_of_2(top_k),
         padding is not None,
+        num_tokens == 1,
         num_warps=_NUM_WARPS,
     )
 
@@ -133,8 +166,12 @@ def send_rows(
 def receive_rows(staged_output: torch.Tensor, output: torch.Tensor, reply: torch.Tensor, sent: torch.Tensor) -> None:
     """Waits for the reply, then takes the first rows of staged_output into output [num_tokens, hidden_size]."""
     num_tokens, hidden_size = output.shape
+    # One poller: for several rows, a program of its own ahead of those that copy.
+    wait = num_tokens == 1
+    if not wait:
+        await_reply(reply, sent)
     _receive_rows[(num_tokens,)](
-        staged_output, output, reply, sent, hidden_size, triton.next_power_of_2(hidden_size), num_warps=_NUM_WARPS
+        staged_output, output, reply, sent, hidden_size, triton.next_power_of_2(hidden_size), wait, num_warps=_NUM_WARPS
     )
 
 

@@ -220,6 +220,8 @@ def _first_matches(rules: Sequence[Rule], modules: Sequence[Module]) -> list[Rul
             if not rule.is_about(keys):
                 continue
             mine = [i for i, module in enumerate(modules) if bool(module.num_experts) == is_experts]
+            if not mine:  # as where --kt-no-experts leaves them out
+                continue
             selected = [
                 i
                 for i, is_selected in zip(

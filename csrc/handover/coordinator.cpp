@@ -180,7 +180,9 @@ void Coordinator::answer(const MailboxSlot& slot, uint64_t request) {
   add(num_calls_, 1);
   add(num_tokens_, num_tokens);
   add(executor_ns_, end - begin);
-  if (begin - last_reply_ns_ < kStepGapNanoseconds) add(between_ns_, begin - last_reply_ns_);
+  // A lower layer, or the same, begins another step.
+  if (layer > last_layer_) add(between_ns_, begin - last_reply_ns_);
+  last_layer_ = layer;
   last_reply_ns_ = end;
 }
 

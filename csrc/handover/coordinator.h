@@ -37,11 +37,9 @@ struct CoordinatorStats {
   uint64_t num_calls = 0;    // answered, without echoes
   uint64_t num_tokens = 0;   // rows of those, padding included
   uint64_t executor_ns = 0;  // from seeing a request to the reply
-  uint64_t between_ns = 0;   // from a reply to the next request, where that came within kStepGapNanoseconds
+  uint64_t between_ns = 0;   // from a reply to the request of a higher layer
 };
 
-// Longer pauses are not within one pass through the model.
-inline constexpr int64_t kStepGapNanoseconds = 20'000'000;
 // The workers of an executor that a coordinator drives spin for this long: longer than a device takes from one MoE
 // layer to the next of a decode step (0.1 to 0.5 ms), since waking them costs some 50 us a layer.
 inline constexpr int64_t kStepSpinNanoseconds = 2'000'000;
@@ -83,6 +81,7 @@ class Coordinator {
   CoordinatorOptions options_;
   std::vector<uint32_t> answered_;  // [slots]
   int64_t last_reply_ns_ = 0;
+  int last_layer_ = kMaxMailboxTokens;  // above all layers
   EventCount wakes_;
 
   std::atomic<bool> stopping_{false};

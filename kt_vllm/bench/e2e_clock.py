@@ -14,13 +14,10 @@ from kt_vllm.layer import KTMoEMethod, KTRoutedExperts
 if TYPE_CHECKING:
     from kt_vllm.handover.device_layer import Handover
 
-# As the coordinator (csrc/handover/coordinator.h): longer pauses are not within one pass through the model.
-_STEP_GAP_NS = 20_000_000
-
 
 @dataclass
 class Clock:
-    """Sums over calls. executor_ns: from request to reply; between_ns: from a reply to the next request.
+    """Sums over calls. executor_ns: from request to reply; between_ns: from a reply to the request of a higher layer.
 
     num_layers: of this model that call; num_tokens: rows, with the padding of graphs.
     """
@@ -64,7 +61,7 @@ class _TimedHandle(LayerHandle):
         output: torch.Tensor,
         padding: torch.Tensor | None = None,
     ) -> None:
-        self._clock.begin(hidden_states.shape[0])
+        self._clock.begin(self.index, hidden_states.shape[0])
         super().submit(hidden_states, topk_weights, topk_ids, output, padding)
 
     def wait(self) -> None:
@@ -76,13 +73,15 @@ class _HostClock:
     def __init__(self) -> None:
         self.sums = Clock()
         self._begin = self._end = 0
+        self._layer = -1
 
-    def begin(self, num_tokens: int) -> None:
+    def begin(self, layer: int, num_tokens: int) -> None:
         self._begin = time.perf_counter_ns()
         self.sums.num_calls += 1
         self.sums.num_tokens += num_tokens
-        if self._begin - self._end < _STEP_GAP_NS:
+        if layer > self._layer >= 0:
             self.sums.between_ns += self._begin - self._end
+        self._layer = layer
 
     def end(self) -> None:
         self._end = time.perf_counter_ns()

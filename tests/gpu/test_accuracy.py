@@ -27,12 +27,11 @@ ROOT = Path(__file__).parents[2]
 ENGINE_SECONDS = 280
 # Enough for batches of 1 to 16: graphs of more would only take time.
 SIZES = {"compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16]}}
-FEW = {"gpu_memory_utilization": 0.3}
+FEW = {"gpu_memory_utilization": 0.08}  # several may run at once
 # The tiny model has experts in layers 1 to 3.
 TWO_OF_THREE = "rules:\n  - layers: 1-2\n    experts: gpu\n"
 WATCHDOG_SECONDS = 10.0
-# From the last answer to the end of the process: the watchdog's time, that of its sentence, and the interpreter's.
-WATCHDOG_SLACK_SECONDS = 10.0
+WATCHDOG_SLACK_SECONDS = 5.0
 
 
 @functools.cache
@@ -153,9 +152,10 @@ def test_graphs_with_prefix_caching() -> None:
 
 def test_graphs_without_coordinator_end() -> None:
     watchdog, found = result("graphs", "watchdog"), results("graphs")
-    assert found["status"] == 1, found["status"]
-    assert "kt_vllm: error: the executor did not answer MoE layer" in found["log"]
-    assert found["ended_at"] - watchdog["at"] < WATCHDOG_SECONDS + WATCHDOG_SLACK_SECONDS
+    assert watchdog["raised"].startswith("HandoverError: the executor did not answer MoE layer"), watchdog
+    assert watchdog["after_seconds"] < WATCHDOG_SECONDS + WATCHDOG_SLACK_SECONDS, watchdog
+    assert found["log"].count("kt_vllm: error: the executor did not answer MoE layer") == 1
+    assert found["status"] == 0, found["status"]
 
 
 def test_small_chunks_are_exact() -> None:

@@ -196,8 +196,8 @@ PYBIND11_MODULE(_native, m) {
           "wait", [](const Executor& self) { self.get().wait(); }, Unlocked())
       .def("close", &Executor::close, Unlocked());
 
-  // The coordinator holds on to the executor: Python must not free it first. Its end waits for its threads, one of which
-  // may be about to call Python.
+  // The coordinator holds on to the executor: Python must not free it first. Its end waits for its threads, one of
+  // which may be about to call Python.
   py::class_<kt::Coordinator>(m, "Coordinator", py::release_gil_before_calling_cpp_dtor())
       .def(py::init(&make_coordinator), py::kw_only(), "executor"_a.none(true), "slots"_a, "layers"_a, "float_type"_a,
            "hidden_size"_a, "max_tokens"_a, "worker_cpus"_a, "watchdog_seconds"_a, "on_failure"_a = py::none(),

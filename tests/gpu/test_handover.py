@@ -13,12 +13,17 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import pytest
 
 from kt_vllm import _native
 from kt_vllm.checkpoint import ExpertSource, LayerExperts
 from tests.moe_case import MoECase, load
+
+if TYPE_CHECKING:
+    from kt_vllm.executor import CPUExpertExecutor
+    from kt_vllm.handover.device_layer import Handover
 
 torch = pytest.importorskip("torch")
 
@@ -116,14 +121,14 @@ def make_executor(cases: list[MoECase], cpus: list[int], spin_ns: int) -> Simple
     return SimpleNamespace(executor=executor, handles=handles)
 
 
-def make_handover(native: "_native.Executor | None", cpus: list[int], setting: Setting, way: str):
+def make_handover(executor: "CPUExpertExecutor | None", cpus: list[int], setting: Setting, way: str) -> "Handover":
     """Layers are numbered the other way round than in the executor."""
     from kt_vllm.handover import device_layer
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(device_layer, "MAX_PIECE_TOKENS", setting.slot)
         return device_layer.Handover(
-            native,
+            executor,
             list(reversed(list(enumerate(TOP_KS)))),
             hidden_size=setting.hidden_size,
             max_num_tokens=MAX_TOKENS,
@@ -142,7 +147,7 @@ class Rig:
         self.setting = setting
         self.host = make_executor(cases, cpus, _native.SPIN_NS)
         self.behind = make_executor(cases, cpus, _native.STEP_SPIN_NS)
-        self.handover = make_handover(self.behind.executor.native, cpus, setting, setting.way)
+        self.handover = make_handover(self.behind.executor, cpus, setting, setting.way)
         self.handles = [self.handover.layer_handle(len(TOP_KS) - 1 - layer, TOP_KS[layer]) for layer in CHAIN]
         self.other = torch.zeros(64, 64, device=DEVICE)
 
@@ -323,7 +328,9 @@ def test_flags_are_chosen_where_they_work():
 
 @pytest.mark.parametrize("way", ["flags", "hostfunc"])
 def test_a_lost_reply_ends_the_process(way):
-    """While a replay waits for it: status 1 and one sentence, within the time of the watchdog and 2 s."""
+    """While a replay waits for it: an exception within the time of the watchdog and 2 s, one sentence on stderr, and
+    status 1 once Python and the driver have put everything away.
+    """
     watchdog = 1.0
     code = f"""
         import time, torch
@@ -347,10 +354,12 @@ def test_a_lost_reply_ends_the_process(way):
         torch.cuda.synchronize()
         handover.coordinator.stop_answering()
         print("asked", time.monotonic(), flush=True)
-        graph.replay()
-        torch.cuda.synchronize()
-        print("the replay ended", flush=True)
-        time.sleep(60)
+        try:
+            graph.replay()
+            torch.cuda.synchronize()
+            time.sleep(60)
+        finally:
+            print("told", time.monotonic(), flush=True)
     """
     process = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(code)],
@@ -364,8 +373,13 @@ def test_a_lost_reply_ends_the_process(way):
         ended = time.monotonic()
     finally:
         process.kill()
-    asked = [float(line.split()[1]) for line in stdout.splitlines() if line.startswith("asked ")]
-    assert len(asked) == 1, stdout + stderr
-    assert process.returncode == 1, f"status {process.returncode}: {stdout}{stderr}"
+    times = {
+        line.split()[0]: float(line.split()[1]) for line in stdout.splitlines() if line.startswith(("asked ", "told "))
+    }
+    assert process.returncode == 1 and set(times) == {"asked", "told"}, f"status {process.returncode}: {stdout}{stderr}"
     assert stderr.count("kt_vllm: error: the executor did not answer MoE layer 0 (2 tokens) within 1 s") == 1, stderr
-    assert watchdog < ended - asked[0] < watchdog + 2, f"after {ended - asked[0]:.2f} s"
+    assert "HandoverError: the executor did not answer" in stderr
+    assert watchdog < times["told"] - times["asked"] < watchdog + 2, (
+        f"told after {times['told'] - times['asked']:.2f} s"
+    )
+    assert ended - times["told"] < 9, f"ended {ended - times['told']:.2f} s after, as if by the coordinator's own hand"

@@ -162,7 +162,7 @@ def _print_decode(console: Console, rows: list[dict[str, Any]]) -> None:
         ],
     )
     console.print(
-        "experts: from request to reply; between: from a reply to the request of the next MoE layer, the device's work\n"
+        "experts: from request to reply; between: from a reply to the request of the next MoE layer, the GPU's work\n"
         "and the hand-over; rest: what is ahead of the first MoE layer and behind the last, and scheduling.",
         soft_wrap=True,
     )

@@ -27,17 +27,23 @@ def workers() -> list[Path]:
     return [task for task in tasks if (task / "comm").read_text().startswith("kt-worker-")]
 
 
+def declared_names(body: list[ast.stmt]) -> set[str]:
+    """Of classes and functions, and of what has a type."""
+    named = {node.name for node in body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+    return named | {node.target.id for node in body if isinstance(node, ast.AnnAssign)}
+
+
 def test_stub_and_module_have_the_same_names():
     stub = Path(_native.__file__).parent / "_native.pyi"
     for node in ast.parse(stub.read_text()).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             assert hasattr(_native, node.name)
         if isinstance(node, ast.ClassDef) and node.name != "NativeError":
-            declared = {member.name for member in node.body if isinstance(member, ast.FunctionDef)}
+            declared = declared_names(node.body)
             public = {name for name in dir(getattr(_native, node.name)) if not name.startswith("_")}
             assert public == declared - {"__init__"}
     public = {name for name in dir(_native) if not name.startswith("_")}
-    assert public == {node.name for node in ast.parse(stub.read_text()).body if hasattr(node, "name")}
+    assert public == declared_names(ast.parse(stub.read_text()).body)
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,8 @@ def main() -> None:
     args = parser.parse_args()
     if not list(args.folder.glob("*.gguf")):
         command = [sys.executable, "examples/make_synthetic_gguf.py", str(args.folder.resolve()), "--no-experts"]
-        subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": path})
     failed = []
     for quant in args.quants.split(","):
         result = run(args.folder.resolve(), quant, args.max_model_len, args.limit_gb, not args.graphs)

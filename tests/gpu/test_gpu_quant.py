@@ -18,8 +18,8 @@ from tests.tolerances import (
 
 pytestmark = [pytest.mark.gpu, pytest.mark.e2e]
 
-# Enough for a model of 30 MB: the rest of the GPU may be another's.
-LLM = {"gpu_memory_utilization": 0.08}
+# Enough for a model of 30 MB: the rest of the GPU may be another's, who changes what is left meanwhile.
+LLM = {"gpu_memory_utilization": 0.08, "kv_cache_memory_bytes": 1 << 30}
 
 
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "graphs"])
@@ -41,11 +41,29 @@ def test_auto_takes_bf16_where_all_fits() -> None:
     assert result["kl"] < MAX_MEAN_KL, result
 
 
+@pytest.fixture(scope="module")
+def parallel_groups(tmp_path_factory: pytest.TempPathFactory):
+    """Of one process, which vLLM's parameters ask for their rank."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed import parallel_state
+
+    with set_current_vllm_config(VllmConfig()):
+        parallel_state.init_distributed_environment(
+            world_size=1,
+            rank=0,
+            local_rank=0,
+            distributed_init_method=f"file://{tmp_path_factory.mktemp('store')}/store",
+        )
+        parallel_state.initialize_model_parallel(1, 1)
+        yield
+    parallel_state.cleanup_dist_env_and_memory()
+
+
+@pytest.mark.usefixtures("parallel_groups")
 @pytest.mark.parametrize(("rows", "cols"), [(832, 512), (576, 7168), (2112, 7168), (512, 192)])
 @pytest.mark.parametrize("num_tokens", [1, 17, 300])
 def test_marlin_multiplies_with_what_was_stored(rows: int, cols: int, num_tokens: int) -> None:
     """The kernel on int4.quantize()'s numbers against int4.dequantize() in float64."""
-    from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.model_executor.kernels.linear.mixed_precision.marlin import MarlinLinearKernel
     from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import MPLinearLayerConfig
     from vllm.scalar_type import scalar_types
@@ -59,11 +77,10 @@ def test_marlin_multiplies_with_what_was_stored(rows: int, cols: int, num_tokens
     stored = int4.quantize(weight, INT4_GROUP)
     expected = x.double() @ int4.dequantize(stored).to(torch.bfloat16).double().T
     layer = torch.nn.Module()
-    with set_current_vllm_config(VllmConfig()):
-        config = MPLinearLayerConfig((cols, rows), (cols, rows), scalar_types.uint4, torch.bfloat16, INT4_GROUP, True)
-        kernel = MarlinLinearKernel(config, *register_int4(layer, stored))
-        kernel.process_weights_after_loading(layer)
-        got = kernel.apply_weights(layer, x).double()
+    config = MPLinearLayerConfig((cols, rows), (cols, rows), scalar_types.uint4, torch.bfloat16, INT4_GROUP, True)
+    kernel = MarlinLinearKernel(config, *register_int4(layer, stored))
+    kernel.process_weights_after_loading(layer)
+    got = kernel.apply_weights(layer, x).double()
     error = float((got - expected).norm() / expected.norm())
     print(rows, cols, num_tokens, error)
     assert error < 1.5 * MAX_ROUNDING_ERROR["bfloat16"]

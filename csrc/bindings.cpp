@@ -58,11 +58,12 @@ std::vector<kt::WorkerPlace> places(const std::vector<int>& cpus, const std::opt
 class Executor {
  public:
   Executor(std::string isa, const std::vector<int>& cpus, int max_num_tokens,
-           const std::optional<std::vector<int>>& nodes, int64_t spin_ns)
+           const std::optional<std::vector<int>>& nodes, int64_t spin_ns, bool caller_works)
       : executor_(std::make_unique<kt::MoEExecutor>(kt::ExecutorOptions{.isa = std::move(isa),
                                                                         .workers = places(cpus, nodes),
                                                                         .max_num_tokens = max_num_tokens,
-                                                                        .spin_ns = spin_ns})) {}
+                                                                        .spin_ns = spin_ns,
+                                                                        .caller_works = caller_works})) {}
 
   kt::MoEExecutor& get() const {
     KT_CHECK(executor_ != nullptr, "the executor is closed; create another");
@@ -162,9 +163,9 @@ PYBIND11_MODULE(_native, m) {
   py::class_<kt::ExpertTensor>(m, "ExpertTensor").def(py::init(&make_tensor), "type"_a, "shape"_a, "spans"_a);
 
   py::class_<Executor>(m, "Executor")
-      .def(py::init<std::string, const std::vector<int>&, int, const std::optional<std::vector<int>>&, int64_t>(),
+      .def(py::init<std::string, const std::vector<int>&, int, const std::optional<std::vector<int>>&, int64_t, bool>(),
            py::kw_only(), "isa"_a, "cpus"_a, "max_num_tokens"_a, "nodes"_a = py::none(),
-           "spin_ns"_a = kt::kSpinNanoseconds, Unlocked())
+           "spin_ns"_a = kt::kSpinNanoseconds, "caller_works"_a = false, Unlocked())
       .def_property_readonly("isa", [](const Executor& self) { return self.get().isa(); })
       .def_property_readonly("isa_reason", [](const Executor& self) { return self.get().isa_reason(); })
       .def_property_readonly("placement_report", [](const Executor& self) { return self.get().placement_report(); })

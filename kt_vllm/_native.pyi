@@ -27,10 +27,12 @@ class Executor:
         max_num_tokens: int,
         nodes: list[int] | None = None,
         spin_ns: int = ...,
+        caller_works: bool = False,
     ) -> None:
         """One worker an entry of cpus; nodes: the memory node of each, -1 (as without nodes) where it is unknown.
 
-        spin_ns: for how long idle workers spin before they sleep (SPIN_NS).
+        spin_ns: for how long idle workers spin before they sleep (SPIN_NS). caller_works: the last worker is whoever
+        calls submit() and wait(), as a Coordinator does.
         """
     @property
     def isa(self) -> str: ...

@@ -35,10 +35,9 @@ def choose_cpus(
     sysfs_root: str = "/sys",
     *,
     numa: str = "auto",
-    spare_cores: int = 1,
     status_path: str = "/proc/self/status",
 ) -> CpuChoice:
-    """Where to pin `num_threads` threads (None: one a physical core, but spare_cores left to everything else).
+    """Where to pin `num_threads` threads (None: one a physical core, but one core left to everything else).
 
     Threads are dealt over the nodes that `numa` names (auto, off or a list) in proportion to their physical cores. In
     a node, one logical CPU of each core first, then the cores' further ones. The lowest core of all comes last each
@@ -58,7 +57,7 @@ def choose_cpus(
     num_cores = sum(map(len, cores.values()))
     num_cpus = sum(map(len, groups.values()))
     if num_threads is None:
-        num_threads = max(1, num_cores - spare_cores)
+        num_threads = max(1, num_cores - 1)
     warning = None
     if num_threads > num_cpus:
         warning = (

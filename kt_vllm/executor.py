@@ -25,10 +25,12 @@ class CPUExpertExecutor:
         max_num_tokens: int,
         nodes: Sequence[int] | None = None,
         spin_ns: int = _native.SPIN_NS,
+        caller_works: bool = False,
     ) -> None:
         """One thread an entry of cpus; nodes: the memory node of each, -1 where it is unknown.
 
-        spin_ns: for how long idle threads spin before they sleep.
+        spin_ns: for how long idle threads spin before they sleep. caller_works: the last thread is that of a
+        coordinator.
         """
         self.native = _native.Executor(
             isa=isa,
@@ -36,6 +38,7 @@ class CPUExpertExecutor:
             max_num_tokens=max_num_tokens,
             nodes=None if nodes is None else list(nodes),
             spin_ns=spin_ns,
+            caller_works=caller_works,
         )
         self._warned = False
         self._finalizer = weakref.finalize(self, self.native.close)

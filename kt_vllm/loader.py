@@ -150,6 +150,8 @@ def _make_executor(
         spin_ns=_native.SPIN_NS
         if on_host or vllm_config.parallel_config.pipeline_parallel_size > 1
         else _native.STEP_SPIN_NS,
+        # The coordinator has nothing else to do meanwhile. It would keep another from a CPU that they share.
+        caller_works=not on_host and len(set(config.cpus)) == len(config.cpus) > 1,
     )
     for method in methods:
         layer = extract_layer_index(method.layer_name)

@@ -142,11 +142,8 @@ class Placement:
             )
         return lines
 
-    def settle_executor(self, warn: Callable[[str], object] = lambda _: None, *, spare_cores: int = 1) -> KTConfig:
-        """config with CPU and NUMA node of every executor thread. Raises KTError for what this machine lacks.
-
-        spare_cores: left to others where the user gave no number of threads.
-        """
+    def settle_executor(self, warn: Callable[[str], object] = lambda _: None) -> KTConfig:
+        """config with CPU and NUMA node of every executor thread. Raises KTError for what this machine lacks."""
         config = self.config
         where = {key: flag for key, (_, flag, _) in _EXECUTOR_FIELDS.items()}
         where |= {key: f"{by}: {key}" for key, by in self.executor_by.items() if by not in (DEFAULT, where[key])}
@@ -158,7 +155,7 @@ class Placement:
             if config.cpus:
                 nodes = config.nodes or nodes_of(config.cpus, numa=config.numa)
                 return dataclasses.replace(config, nodes=nodes)
-            choice = choose_cpus(config.cpu_infer, allowed_cpus(), numa=config.numa, spare_cores=spare_cores)
+            choice = choose_cpus(config.cpu_infer, allowed_cpus(), numa=config.numa)
         except ConfigError as error:
             raise ConfigError(str(error).replace("--kt-numa", where["numa"], 1)) from None
         if choice.warning:

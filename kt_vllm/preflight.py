@@ -138,11 +138,7 @@ def check(engine_args: "EngineArgs", config: KTConfig, model_config: "ModelConfi
     placement = Placement.resolve(config, plan, hf_config.num_experts_per_tok)
     _refuse_placement(engine_args, placement, str(model_config.dtype).removeprefix("torch."))
     placement = _settle_dense(engine_args, placement, plan, model_config)
-    config = placement.settle_executor(
-        warn=lambda warning: logger.warning("kt_vllm: %s", warning),
-        # Beside a GPU, vLLM's main thread and the coordinator of the hand-over both poll.
-        spare_cores=1 if current_platform.is_cpu() else 2,
-    )
+    config = placement.settle_executor(warn=lambda warning: logger.warning("kt_vllm: %s", warning))
     engine_args.additional_config = {**engine_args.additional_config, CONFIG_KEY: config.to_dict()}
     isa, _ = _native.choose_isa(config.isa)
     # Only now: the rules may choose the isa.

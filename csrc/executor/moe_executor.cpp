@@ -31,7 +31,8 @@ void check_top_k(int top_k) {
 struct MoEExecutor::Impl {
   Impl(const ExecutorOptions& options, KernelChoice chosen)
       : choice(std::move(chosen)),
-        pool(std::in_place, options.workers, ParkPolicy{}, options.spin_ns),
+        pool(std::in_place, options.workers, ParkPolicy{}, options.spin_ns,
+             options.caller_works ? ThreadPool::Caller::kWorks : ThreadPool::Caller::kWaits),
         call(options.max_num_tokens, *pool) {}
 
   ~Impl() {
@@ -152,7 +153,16 @@ void MoEExecutor::submit(int layer, const MoEForwardParams& params) {
 void MoEExecutor::wait() {
   KT_CHECK(impl_->in_flight, "wait() is called without a submit() before");
   impl_->in_flight = false;
-  impl_->pool->wait();
+  if (impl_->pool->caller_works())
+    impl_->pool->work_until_done();
+  else
+    impl_->pool->wait();
+}
+
+bool MoEExecutor::adopt_calling_thread() {
+  if (!impl_->pool->caller_works()) return false;
+  impl_->pool->adopt_calling_thread();
+  return true;
 }
 
 }  // namespace kt

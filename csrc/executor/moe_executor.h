@@ -20,6 +20,7 @@ struct ExecutorOptions {
   int max_num_tokens = 0;              // workspace is sized for this; longer calls are cut into pieces of it
   const KernelTable* table = nullptr;  // instead of what isa names; must outlive the executor
   int64_t spin_ns = kSpinNanoseconds;  // for how long idle workers spin before they sleep
+  bool caller_works = false;           // the last of workers is the thread that calls submit() and wait()
 };
 
 struct LoadProgress {
@@ -59,6 +60,9 @@ class MoEExecutor {
   // Exactly one wait() after each submit().
   void submit(int layer, const MoEForwardParams& params);
   void wait();
+
+  // With caller_works, once, by the thread that will call submit() and wait(): pins it. False without.
+  bool adopt_calling_thread();
 
   // Expert ids outside [0, num_experts) other than -1 seen so far: the router gave garbage, usually after a NaN.
   uint64_t num_invalid_ids() const;

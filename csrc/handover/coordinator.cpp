@@ -106,7 +106,7 @@ CoordinatorStats Coordinator::stats() const {
 void Coordinator::main() {
   pthread_setname_np(pthread_self(), "kt-coordinator");
   prctl(PR_SET_TIMERSLACK, 1);  // naps as short as asked for; the default adds 50 us
-  leave_cpus(options_.worker_cpus);
+  if (executor_ == nullptr || !executor_->adopt_calling_thread()) leave_cpus(options_.worker_cpus);
   last_reply_ns_ = now_ns();
   uint32_t wakes = wakes_.value();
   int64_t busy_ns = last_reply_ns_;  // when there last was a call, or was one to come

@@ -75,8 +75,10 @@ bool repeats(std::vector<int> cpus) {
 
 }  // namespace
 
-ThreadPool::ThreadPool(const std::vector<WorkerPlace>& places, const ParkPolicy& park_policy, int64_t spin_ns)
+ThreadPool::ThreadPool(const std::vector<WorkerPlace>& places, const ParkPolicy& park_policy, int64_t spin_ns,
+                       Caller caller)
     : places_(places),
+      num_threads_(static_cast<int>(places.size()) - (caller == Caller::kWorks ? 1 : 0)),
       // Two workers on one CPU: who spins keeps the other from running.
       spin_ns_(repeats(cpus_of(places)) ? 0 : spin_ns),
       park_policy_(park_policy),
@@ -86,20 +88,26 @@ ThreadPool::ThreadPool(const std::vector<WorkerPlace>& places, const ParkPolicy&
                       : std::max(1, static_cast<int>(places.size()) / 4)),
       workers_(places.size()),
       placements_(places.size()),
-      num_active_(static_cast<int>(places.size())) {
+      num_active_(num_threads_) {
   KT_CHECK(!places.empty(), "cpus is empty, expected the logical CPU of each worker thread, at least one");
   KT_CHECK(places.size() <= kMaxWorkers, "cpus has ", places.size(), " entries, expected at most ", kMaxWorkers);
+  KT_CHECK(num_threads_ > 0, "cpus has one entry, expected one for the caller and at least one more");
+  KT_CHECK(!caller_works() || !park_policy.all_take_part(), "the caller cannot be counted on in every phase");
   for (const auto& [cpu, numa_node] : places) {
     KT_CHECK(cpu >= 0 && cpu < kMaxCpus, "cpus has ", cpu, ", expected logical CPU numbers (see /proc/cpuinfo)");
     KT_CHECK(numa_node >= -1 && numa_node < kMaxNodes, "nodes has ", numa_node,
              ", expected NUMA node numbers (see /sys/devices/system/node), or -1 for none");
-    const auto group = std::find_if(groups_.begin(), groups_.end(),
-                                    [node = numa_node](const Group& g) { return g.numa_node == node; });
+    const bool has_thread = static_cast<int>(group_of_.size()) < num_threads_;
+    auto group = std::find_if(groups_.begin(), groups_.end(),
+                              [node = numa_node](const Group& g) { return g.numa_node == node; });
+    if (group == groups_.end() && !has_thread) group = groups_.begin();
     group_of_.push_back(static_cast<int>(group - groups_.begin()));
-    if (group == groups_.end())
+    if (group == groups_.end()) {
       groups_.push_back({numa_node, 1, 1});
-    else
-      group->num_active = ++group->num_workers;
+      continue;
+    }
+    ++group->num_workers;
+    group->num_active += has_thread ? 1 : 0;
   }
 
   needed_ = park_policy_.all_take_part() ? num_workers() : num_nodes();
@@ -113,11 +121,11 @@ ThreadPool::ThreadPool(const std::vector<WorkerPlace>& places, const ParkPolicy&
   started_ = 1;  // being placed counts as the first job
   threads_.reserve(places.size());
   try {
-    for (int worker = 0; worker < num_workers(); ++worker) threads_.emplace_back(&ThreadPool::main, this, worker);
+    for (int worker = 0; worker < num_threads_; ++worker) threads_.emplace_back(&ThreadPool::main, this, worker);
   } catch (const std::system_error& error) {
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
     stop();
-    fail("worker thread ", threads_.size() + 1, " of ", places.size(), " could not be created (", error.what(),
+    fail("worker thread ", threads_.size() + 1, " of ", num_threads_, " could not be created (", error.what(),
          "); ask for fewer threads or raise the limit (ulimit -u)");
   }
   pthread_sigmask(SIG_SETMASK, &before, nullptr);
@@ -145,7 +153,8 @@ void ThreadPool::start(Job* job, int first_phase) {
   start_ns_ = now_ns();
   wait_ns_.store(0, std::memory_order_relaxed);
   caller_cpu_.store(sched_getcpu(), std::memory_order_relaxed);
-  if (num_active_ < num_workers()) resume_workers();
+  if (num_active_ < num_threads_) resume_workers();
+  phases_before_job_ = phase_starts_.value();
   open_phase();
 }
 
@@ -157,6 +166,28 @@ void ThreadPool::wait() {
     const int64_t spin_ns = on_worker_cpu() ? 0 : spin_ns_;
     while (!done()) finished_.wait_change(started_ - 1, spin_ns);
   }
+  report_failure();
+}
+
+void ThreadPool::work_until_done() {
+  for (uint32_t seen = phases_before_job_; !done();) {
+    const uint32_t phase = phase_starts_.value();
+    if (phase == seen) {
+      __builtin_ia32_pause();
+      continue;
+    }
+    seen = phase;
+    const int worker = num_workers() - 1;
+    if (!enter_phase(phase)) continue;
+    run_phase(worker);
+    leave_phase(phase, worker);
+  }
+  report_failure();
+}
+
+void ThreadPool::adopt_calling_thread() { settle_in(num_workers() - 1); }
+
+void ThreadPool::report_failure() {
   if (!failed_.load(std::memory_order_relaxed)) return;
   failed_.store(false, std::memory_order_relaxed);
   fail("a worker thread failed: ", error_);
@@ -171,11 +202,9 @@ void ThreadPool::main(int worker) {
   char name[16];  // the kernel's limit
   std::snprintf(name, sizeof(name), "kt-worker-%d", worker);
   pthread_setname_np(pthread_self(), name);
-  std::fesetenv(FE_DFL_ENV);  // rounding to nearest, subnormals kept: a thread inherits its creator's
-  placements_[worker].pin_error = pin_to(places_[worker].cpu);
-  placements_[worker].policy_error = syscall(SYS_set_mempolicy, kMpolDefault, nullptr, 0) == 0 ? 0 : errno;
+  settle_in(worker);
 
-  if (num_placed_.fetch_add(1, std::memory_order_acq_rel) + 1 == num_workers()) finished_.advance();
+  if (num_placed_.fetch_add(1, std::memory_order_acq_rel) + 1 == num_threads_) finished_.advance();
   Worker& me = workers_[worker];
   for (uint32_t seen = 0;;) {
     seen = phase_starts_.wait_change(seen, spin_ns_);
@@ -187,6 +216,12 @@ void ThreadPool::main(int worker) {
       leave_phase(seen, worker);
     }
   }
+}
+
+void ThreadPool::settle_in(int worker) {
+  std::fesetenv(FE_DFL_ENV);  // rounding to nearest, subnormals kept: a thread inherits its creator's
+  placements_[worker].pin_error = pin_to(places_[worker].cpu);
+  placements_[worker].policy_error = syscall(SYS_set_mempolicy, kMpolDefault, nullptr, 0) == 0 ? 0 : errno;
 }
 
 void ThreadPool::run_phase(int worker) {
@@ -265,7 +300,8 @@ void ThreadPool::open_phase() {
 bool ThreadPool::keeps_others_waiting(int worker, int64_t now) {
   const int64_t but_one_left = but_one_left_ns_.load(std::memory_order_relaxed);
   const int num_active = groups_[group_of_[worker]].num_active;
-  if (but_one_left == 0 || now - but_one_left <= park_policy_.late_ns || num_active == 1) return false;
+  if (but_one_left == 0 || now - but_one_left <= park_policy_.late_ns || num_active == 1 || worker >= num_threads_)
+    return false;
   // The caller runs, until it waits, on some worker's CPU: it is part of the work, and parking would not end it.
   int64_t excused = 0;
   if (caller_cpu_.load(std::memory_order_relaxed) == places_[worker].cpu) {
@@ -274,7 +310,7 @@ bool ThreadPool::keeps_others_waiting(int worker, int64_t now) {
   }
   return workers_[worker].lost_cpu.look_late(now, run_delay_ns(), now - but_one_left, excused, num_active,
                                              park_policy_) &&
-         num_workers() - num_active_ < max_parked_;
+         num_threads_ - num_active_ < max_parked_;
 }
 
 void ThreadPool::park(int worker, int64_t now) {
@@ -290,7 +326,7 @@ void ThreadPool::park(int worker, int64_t now) {
 void ThreadPool::resume_workers() {
   const int64_t now = now_ns();
   const int before = num_active_;
-  for (int worker = 0; worker < num_workers(); ++worker) {
+  for (int worker = 0; worker < num_threads_; ++worker) {
     Worker& it = workers_[worker];
     if (!it.parked.load(std::memory_order_relaxed) || now < it.parked_until_ns) continue;
     ++groups_[group_of_[worker]].num_active;

@@ -28,9 +28,14 @@ struct WorkerPlace {
 //
 // So a job must not count on any one worker, only on one of each group, and run() must return only once nothing is left
 // for its group to begin. With kAllTakePart every worker runs every phase once.
+//
+// With Caller::kWorks the last place is the caller's: it has no thread here, and takes part in a job while it is in
+// work_until_done(). It is never parked, and never the only one of a group.
 class ThreadPool {
  public:
   static constexpr int kDone = -1;
+
+  enum class Caller { kWaits, kWorks };
 
   class Job {
    public:
@@ -48,7 +53,7 @@ class ThreadPool {
   // are in place.
   // Throws kt::Error when places is empty or a thread cannot be created.
   explicit ThreadPool(const std::vector<WorkerPlace>& places, const ParkPolicy& park_policy = {},
-                      int64_t spin_ns = kSpinNanoseconds);
+                      int64_t spin_ns = kSpinNanoseconds, Caller caller = Caller::kWaits);
   ~ThreadPool();  // waits for the running job
 
   int num_workers() const { return static_cast<int>(places_.size()); }
@@ -71,11 +76,17 @@ class ThreadPool {
   // Returns when the job is done; throws kt::Error with the first exception of a worker. Without a job: at once.
   void wait();
 
+  // With Caller::kWorks, instead of wait() where nothing else is to be done: spins when there is nothing to take.
+  bool caller_works() const { return num_threads_ < num_workers(); }
+  void work_until_done();
+  // Before that, once: the calling thread becomes as a worker, pinned to the last place.
+  void adopt_calling_thread();
+
  private:
   struct Group {
     int numa_node;
     int num_workers;
-    int num_active;
+    int num_active;  // threads of ours that are not parked
   };
   // A line of its own each: both are written in every phase.
   struct alignas(64) Covered {
@@ -92,6 +103,8 @@ class ThreadPool {
   };
 
   void main(int worker);
+  void settle_in(int worker);
+  void report_failure();
   void run_phase(int worker);
   bool enter_phase(uint32_t phase);
   void leave_phase(uint32_t phase, int worker);
@@ -110,6 +123,7 @@ class ThreadPool {
   std::vector<WorkerPlace> places_;
   std::vector<Group> groups_;
   std::vector<int> group_of_;  // [num_workers]
+  int num_threads_;            // of ours
   int64_t spin_ns_;
   ParkPolicy park_policy_;
   int max_parked_;
@@ -128,6 +142,7 @@ class ThreadPool {
   EventCount finished_;  // jobs so far
   EventCount resumes_;   // parked workers wait on it
   uint32_t started_ = 0;
+  uint32_t phases_before_job_ = 0;
   std::atomic<int> num_placed_{0};
   std::atomic<bool> stopping_{false};
   std::atomic<uint64_t> num_parks_{0};

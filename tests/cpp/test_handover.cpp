@@ -120,8 +120,9 @@ struct Call {
 
 // An executor with some layers of random float32 weights, of which the coordinator knows each with a top_k of its own.
 struct Experts {
-  explicit Experts(const std::string& isa = "reference", const std::vector<WorkerPlace>& workers = {{0, -1}, {0, -1}})
-      : executor({.isa = isa, .workers = workers, .max_num_tokens = kMaxTokens}) {
+  explicit Experts(const std::string& isa = "reference", const std::vector<WorkerPlace>& workers = {{0, -1}, {0, -1}},
+                   bool caller_works = false)
+      : executor({.isa = isa, .workers = workers, .max_num_tokens = kMaxTokens, .caller_works = caller_works}) {
     constexpr size_t kValues = size_t{kExperts} * kHidden * kIntermediate;
     for (size_t i = 0; i < layers.size(); ++i) {
       std::vector<uint8_t> contents(3 * kValues * sizeof(float));
@@ -241,6 +242,21 @@ TEST(one_device_keeps_two_slots_busy) {
     CHECK(slots[i % 2].await(), "call " << i << " was lost");
     CHECK(calls[i].matches(slots[i % 2]), "call " << i << " is wrong");
     if (i + 2 < calls.size()) send(i + 2);
+  }
+}
+
+// The coordinator is one of the workers.
+TEST(the_coordinator_works) {
+  Experts experts("auto", {{0, -1}, {1, -1}, {1, -1}}, true);
+  DeviceSlot slots[2];
+  std::vector<Call> calls;
+  for (int i = 0; i < 40; ++i) calls.push_back(experts.random_call(FloatType::F32));
+  Coordinator coordinator(&experts.executor, options({&slots[0], &slots[1]}, experts.layers));
+  for (size_t i = 0; i < calls.size(); ++i) {
+    DeviceSlot& slot = slots[i % 2];
+    calls[i].fill(slot);
+    slot.raise(calls[i].layer, calls[i].num_tokens);
+    CHECK(slot.await() && calls[i].matches(slot), "call " << i << " of layer " << calls[i].layer);
   }
 }
 

@@ -102,10 +102,64 @@ TEST(an_exception_is_reported_by_wait) {
   }
 }
 
+// With and without its help, and with workers that come and go.
+TEST(the_caller_works) {
+  using Caller = ThreadPool::Caller;
+  for (const bool parks : {false, true}) {
+    const ParkPolicy policy = parks ? ParkPolicy{.late_ns = 0, .park_at_ns = 0, .park_ns = 20'000} : ParkPolicy{};
+    for (const auto& nodes : {std::vector<int>{0, 0}, {0, 1}, {0, 0, 1}, {0, 1, 1}, {0, 1, 2, 2}, {3, 3, 3, 3, 3, 3}}) {
+      std::vector<WorkerPlace> places;  // CPUs that are not there, so that the scheduler places all
+      for (int node : nodes) places.push_back({4000 + static_cast<int>(places.size()), node});
+      ThreadPool pool(places, policy, kSpinNanoseconds, Caller::kWorks);
+      const int caller = pool.num_workers() - 1;
+      CHECK(pool.caller_works() && pool.num_workers() == static_cast<int>(nodes.size()), "no caller");
+      int in_groups = 0;
+      for (int group = 0; group < pool.num_nodes(); ++group) in_groups += pool.workers_on(group);
+      CHECK(in_groups == pool.num_workers(), in_groups << " workers in groups");
+      test::Sharing job(pool, 3);
+      bool helped = false;
+      for (int call = 0; call < 200; ++call) {
+        pool.start(&job, 0);
+        if (call % 3 == 2) {
+          pool.wait();
+        } else {
+          pool.work_until_done();
+          helped |= job.ran[caller] != 0;
+        }
+        CHECK(pool.done(), "not done");
+      }
+      CHECK(helped, "the caller never ran a phase");
+      CHECK(job.items_done >= job.items_expected, job.items_done << " items of " << job.items_expected);
+      CHECK(job.idle_groups == 0, job.idle_groups << " groups were left out");
+    }
+  }
+}
+
+TEST(an_exception_of_the_caller_is_reported) {
+  std::vector<WorkerPlace> places = some_cpus(2);
+  ThreadPool pool(places, {}, kSpinNanoseconds, ThreadPool::Caller::kWorks);
+  int reported = 0;
+  for (int call = 0; call < 200; ++call) {
+    Calling job([&](int, int worker) {
+      if (worker == 1) throw std::logic_error("the caller is lost");
+      std::this_thread::sleep_for(std::chrono::microseconds(200));  // so that the caller is in time
+    });
+    pool.start(&job, 2);
+    try {
+      pool.work_until_done();
+    } catch (const Error& error) {
+      reported += std::string(error.what()).find("the caller is lost") != std::string::npos;
+    }
+  }
+  CHECK(reported > 0, "never reported");
+}
+
 TEST(misuse_and_bad_options) {
   CHECK_ERROR(ThreadPool({}), "cpus is empty");
   CHECK_ERROR(ThreadPool({{-1, 0}}), "cpus has -1");
   CHECK_ERROR(ThreadPool({{0, -2}}), "nodes has -2");
+  CHECK_ERROR(ThreadPool({{0, 0}}, {}, 0, ThreadPool::Caller::kWorks), "at least one more");
+  CHECK_ERROR(ThreadPool({{0, 0}, {1, 0}}, kNeverPark, 0, ThreadPool::Caller::kWorks), "counted on");
   ThreadPool pool(some_cpus(1));
   pool.wait();  // nothing to wait for
   std::atomic<bool> go{false};

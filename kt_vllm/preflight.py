@@ -23,6 +23,7 @@ from kt_vllm.expert_spans import host_experts
 from kt_vllm.families import FAMILIES
 from kt_vllm.gguf.reader import GGUFModel
 from kt_vllm.gpu_memory import ServingLimits, default_batch, device_budget
+from kt_vllm.handover.device_layer import pinned_bytes
 from kt_vllm.hf_config import CONFIG_FORMAT, config_fields
 from kt_vllm.loader import LOAD_FORMAT
 from kt_vllm.log import init_logger
@@ -156,10 +157,14 @@ def check(engine_args: "EngineArgs", config: KTConfig, model_config: "ModelConfi
         "routed experts": placement.host_bytes,
         "executor workspace": _workspace_bytes(engine_args, config, plan, hf_config.num_experts_per_tok),
     }
+    itemsize = model_config.dtype.itemsize
     if current_platform.is_cpu():  # whose device is the host's memory
-        itemsize = model_config.dtype.itemsize
         needed["routed experts on the device"] = placement.device_expert_bytes(itemsize)
         needed["dense weights"] = dense_placement.device_bytes(placement, plan.family, itemsize)
+    else:
+        max_num_tokens = engine_args.max_num_batched_tokens or 2 * _LONGEST_PIECE  # vLLM settles its own default later
+        one = pinned_bytes(max_num_tokens, model_config.get_hidden_size(), hf_config.num_experts_per_tok, itemsize)
+        needed["hand-over"] = one * engine_args.pipeline_parallel_size
     check_memory(needed, available_host_memory())
 
 

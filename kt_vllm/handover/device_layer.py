@@ -24,6 +24,17 @@ MAX_PIECE_TOKENS = 4096
 _TEST_SECONDS = 10.0
 
 
+def pinned_bytes(max_num_tokens: int, hidden_size: int, top_k: int, itemsize: int) -> int:
+    """Host memory of a Handover."""
+    num_slots, max_tokens = _slots_for(max_num_tokens)
+    return num_slots * max_tokens * (2 * hidden_size * itemsize + top_k * (4 + 4))
+
+
+def _slots_for(max_num_tokens: int) -> tuple[int, int]:
+    """(slots, tokens of each) for calls of so many tokens."""
+    return (1, max_num_tokens) if max_num_tokens <= MAX_PIECE_TOKENS else (2, MAX_PIECE_TOKENS)
+
+
 _handovers: "weakref.WeakSet[Handover]" = weakref.WeakSet()
 
 
@@ -55,12 +66,9 @@ class Handover:
         way: auto, flags or hostfunc. Raises ConfigError where the device cannot do what was asked for.
         """
         self._executor = executor  # which closes when nobody refers to it
-        max_tokens = min(max_num_tokens, MAX_PIECE_TOKENS)
+        num_slots, max_tokens = _slots_for(max_num_tokens)
         self._top_ks = sorted({top_k for _, top_k in layers})
-        self.slots = [
-            Slot.allocate(max_tokens, hidden_size, self._top_ks[-1], dtype, device)
-            for _ in range(1 if max_num_tokens <= max_tokens else 2)
-        ]
+        self.slots = [Slot.allocate(max_tokens, hidden_size, self._top_ks[-1], dtype, device) for _ in range(num_slots)]
         self.max_tokens = max_tokens
         self.coordinator = _native.Coordinator(
             executor=None if executor is None else executor.native,
@@ -130,10 +138,12 @@ class Handover:
 
     def _echo(self, way: Way, slot: Slot, num_tokens: int, top_k: int, with_padding: bool) -> str | None:
         device = slot.sent.device
-        rows = torch.randn(num_tokens, slot.hidden_states.shape[1], device=device).to(slot.hidden_states.dtype)
-        ids = torch.randint(1 << 15, (num_tokens, top_k), dtype=torch.int32, device=device)
-        weights = torch.rand(num_tokens, top_k, device=device)
-        padding = torch.rand(num_tokens, device=device) < 0.5 if with_padding else None
+        # Not the default one, from which unseeded requests are sampled.
+        own = {"generator": torch.Generator(device).manual_seed(0), "device": device}
+        rows = torch.randn(num_tokens, slot.hidden_states.shape[1], **own).to(slot.hidden_states.dtype)
+        ids = torch.randint(1 << 15, (num_tokens, top_k), dtype=torch.int32, **own)
+        weights = torch.rand(num_tokens, top_k, **own)
+        padding = torch.rand(num_tokens, **own) < 0.5 if with_padding else None
         output = torch.full_like(rows, float("nan"))
         sequence = slot.last_request() + 1
         way.send(slot, _native.ECHO_LAYER, rows, weights, ids, padding)

@@ -141,6 +141,14 @@ def test_pieces_overlap(handover, small_slots, monkeypatch):
     assert torch.equal(call["output"], torch.zeros_like(call["output"])), "no executor, no experts"
 
 
+@pytest.mark.parametrize("max_num_tokens", [1, SLOT, SLOT + 1])
+def test_pinned_bytes_are_what_slots_take(handover, small_slots, max_num_tokens):
+    of_device = make_handover(handover, None, max_num_tokens=max_num_tokens)
+    tensors = [(s.hidden_states, s.output, s.topk_ids, s.topk_weights) for s in of_device.slots]
+    taken = sum(tensor.nbytes for slot in tensors for tensor in slot)
+    assert taken == handover.device_layer.pinned_bytes(max_num_tokens, HIDDEN, max(TOP_KS), 4)
+
+
 def test_what_cannot_be_asked(handover, small_slots):
     of_device = make_handover(handover, None, max_num_tokens=SLOT)
     assert len(of_device.slots) == 1

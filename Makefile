@@ -33,7 +33,8 @@ sanitize: venv  ## the C++ tests under AddressSanitizer and UndefinedBehaviorSan
 	$(call ctest,build/sanitize,$(CHECKED) -DKT_SANITIZE=address$(comma)undefined -DKT_WERROR=ON)
 
 # Threads meet in these only. No errors from warnings: under this sanitizer GCC 12 takes zeroed vectors for uninitialised.
-TSAN_TESTS = test_thread_pool test_parking test_work_queue test_expert_loader test_executor test_handover
+TSAN_TESTS = test_thread_pool test_parking test_work_queue test_expert_loader test_dense_reader test_executor \
+    test_handover
 tsan: venv  ## the C++ tests of threads under ThreadSanitizer (build/tsan)
 	$(call ctest,build/tsan,$(CHECKED) -DKT_SANITIZE=thread,$(TSAN_TESTS),\
 	    -R '^($(subst $(space),|,$(TSAN_TESTS)))$$')

@@ -15,6 +15,7 @@
 
 #include "check.h"
 #include "executor/moe_executor.h"
+#include "gguf/dense_reader.h"
 #include "gguf/dequantize.h"
 #include "gguf/ggml_type.h"
 #include "handover/coordinator.h"
@@ -154,6 +155,12 @@ py::array_t<float> dequantize(const std::string& type, const py::array_t<uint8_t
   return output;
 }
 
+void read_dense(const std::string& path, uint64_t offset, const std::string& type, int64_t num_weights,
+                const std::string& name, uintptr_t destination, const std::string& destination_type, int num_threads) {
+  kt::read_dense({path, offset, kt::ggml_type_info(type).type, num_weights}, name, reinterpret_cast<void*>(destination),
+                 float_type(destination_type), num_threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -247,6 +254,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("supported_types", &supported_types, "isa"_a);
   m.def("type_sizes", &type_sizes);
   m.def("dequantize", &dequantize, "type"_a, "data"_a);
+  m.def("read_dense", &read_dense, py::kw_only(), "path"_a, "offset"_a, "type"_a, "num_weights"_a, "name"_a,
+        "destination"_a, "float_type"_a, "num_threads"_a, Unlocked());
 
   m.def("peak_kinds", &kt::peak_kinds);
   m.def("measure_peak", &kt::measure_peak, "kind"_a, "cpus"_a, "seconds"_a, Unlocked());

@@ -138,6 +138,23 @@ def type_sizes() -> dict[str, tuple[int, int]]:
 def dequantize(type: str, data: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Blocks of one type (1-D bytes) to float32 [num_weights], bit for bit as gguf.quants.dequantize."""
 
+def read_dense(
+    *,
+    path: str,
+    offset: int,
+    type: str,
+    num_weights: int,
+    name: str,
+    destination: int,
+    float_type: str,
+    num_threads: int,
+) -> None:
+    """Blocks of one type in a file to `num_weights` numbers at the address `destination`; releases the GIL.
+
+    float_type: "float32" | "float16" | "bfloat16", rounded to nearest even. name: of the tensor, for errors. See
+    csrc/gguf/dense_reader.h.
+    """
+
 def peak_kinds() -> list[str]:
     """What measure_peak() can measure on this CPU; fastest first among those that end alike (_int8, _bf16, _fp32)."""
 

@@ -6,11 +6,19 @@
 namespace kt {
 namespace {
 
-// Bits 0-1 of weight i of a Q2_K or Q3_K block. qs: [64].
-int low_pair(const uint8_t* qs, int i) { return (qs[i / 128 * 32 + i % 32] >> (i / 32 % 4 * 2)) & 3; }
+// Loops over plain pieces of a block, with nothing to look up for each weight: the compiler makes vectors of them.
 
-// Bits 0-3 of weight i of a Q4_K or Q5_K block. qs: [128].
-int low_bits(const uint8_t* qs, int i) { return (qs[i / 64 * 32 + i % 32] >> (i / 32 % 2 * 4)) & 15; }
+// out[i] = scale * q(i) - min. out: [n], nothing else points there.
+template <int n, class Quant>
+void write_affine(float* __restrict out, float scale, float min, Quant q) {
+  for (int i = 0; i < n; ++i) out[i] = scale * static_cast<float>(q(i)) - min;
+}
+
+// out[i] = scale * q(i). out: [n], nothing else points there.
+template <int n, class Quant>
+void write_scaled(float* __restrict out, float scale, Quant q) {
+  for (int i = 0; i < n; ++i) out[i] = scale * static_cast<float>(q(i));
+}
 
 }  // namespace
 
@@ -18,10 +26,12 @@ void decode_q2_k(const uint8_t* blocks, int64_t num_weights, float* out) {
   const auto* block = reinterpret_cast<const BlockQ2_K*>(blocks);
   for (int64_t start = 0; start < num_weights; start += kBlockK, ++block) {
     const float d = f16_to_f32(load_u16(block->d)), dmin = f16_to_f32(load_u16(block->dmin));
-    for (int i = 0; i < kBlockK; ++i) {
-      const float scale = d * static_cast<float>(block->scales[i / 16] & 15);
-      const float min = dmin * static_cast<float>(block->scales[i / 16] >> 4);
-      out[start + i] = scale * static_cast<float>(low_pair(block->qs, i)) - min;
+    for (int group = 0; group < 16; ++group, out += 16) {
+      const uint8_t* qs = block->qs + group / 8 * 32 + group % 2 * 16;
+      const int shift = group / 2 % 4 * 2;
+      const float scale = d * static_cast<float>(block->scales[group] & 15);
+      const float min = dmin * static_cast<float>(block->scales[group] >> 4);
+      write_affine<16>(out, scale, min, [&](int i) { return (qs[i] >> shift) & 3; });
     }
   }
 }
@@ -32,10 +42,12 @@ void decode_q3_k(const uint8_t* blocks, int64_t num_weights, float* out) {
     uint8_t scales[16];
     unpack_scales_q3_k(block->scales, scales);
     const float d = f16_to_f32(load_u16(block->d));
-    for (int i = 0; i < kBlockK; ++i) {
-      const float scale = d * static_cast<float>(scales[i / 16] - 32);
-      const int q = low_pair(block->qs, i) | (((block->hmask[i % 32] >> (i / 32)) & 1) << 2);
-      out[start + i] = scale * static_cast<float>(q - 4);
+    for (int group = 0; group < 16; ++group, out += 16) {
+      const uint8_t* qs = block->qs + group / 8 * 32 + group % 2 * 16;
+      const uint8_t* third_bits = block->hmask + group % 2 * 16;
+      const int shift = group / 2 % 4 * 2, bit = group / 2;
+      write_scaled<16>(out, d * static_cast<float>(scales[group] - 32),
+                       [&](int i) { return (((qs[i] >> shift) & 3) | (((third_bits[i] >> bit) & 1) << 2)) - 4; });
     }
   }
 }
@@ -46,10 +58,12 @@ void decode_q4_k(const uint8_t* blocks, int64_t num_weights, float* out) {
     uint8_t scales[8], mins[8];
     unpack_scales_k4(block->scales, scales, mins);
     const float d = f16_to_f32(load_u16(block->d)), dmin = f16_to_f32(load_u16(block->dmin));
-    for (int i = 0; i < kBlockK; ++i) {
-      const float scale = d * static_cast<float>(scales[i / 32]);
-      const float min = dmin * static_cast<float>(mins[i / 32]);
-      out[start + i] = scale * static_cast<float>(low_bits(block->qs, i)) - min;
+    for (int group = 0; group < 8; ++group, out += 32) {
+      const uint8_t* qs = block->qs + group / 2 * 32;
+      const int shift = group % 2 * 4;
+      const float scale = d * static_cast<float>(scales[group]);
+      const float min = dmin * static_cast<float>(mins[group]);
+      write_affine<32>(out, scale, min, [&](int i) { return (qs[i] >> shift) & 15; });
     }
   }
 }
@@ -60,11 +74,13 @@ void decode_q5_k(const uint8_t* blocks, int64_t num_weights, float* out) {
     uint8_t scales[8], mins[8];
     unpack_scales_k4(block->scales, scales, mins);
     const float d = f16_to_f32(load_u16(block->d)), dmin = f16_to_f32(load_u16(block->dmin));
-    for (int i = 0; i < kBlockK; ++i) {
-      const float scale = d * static_cast<float>(scales[i / 32]);
-      const float min = dmin * static_cast<float>(mins[i / 32]);
-      const int q = low_bits(block->qs, i) | (((block->qh[i % 32] >> (i / 32)) & 1) << 4);
-      out[start + i] = scale * static_cast<float>(q) - min;
+    for (int group = 0; group < 8; ++group, out += 32) {
+      const uint8_t *qs = block->qs + group / 2 * 32, *fifth_bits = block->qh;
+      const int shift = group % 2 * 4;
+      const float scale = d * static_cast<float>(scales[group]);
+      const float min = dmin * static_cast<float>(mins[group]);
+      write_affine<32>(out, scale, min,
+                       [&](int i) { return ((qs[i] >> shift) & 15) | (((fifth_bits[i] >> group) & 1) << 4); });
     }
   }
 }
@@ -73,12 +89,12 @@ void decode_q6_k(const uint8_t* blocks, int64_t num_weights, float* out) {
   const auto* block = reinterpret_cast<const BlockQ6_K*>(blocks);
   for (int64_t start = 0; start < num_weights; start += kBlockK, ++block) {
     const float d = f16_to_f32(load_u16(block->d));
-    for (int i = 0; i < kBlockK; ++i) {
-      const int half = i / 128, j = i % 128;
-      const int low = (block->ql[half * 64 + j % 64] >> (j / 64 * 4)) & 15;
-      const int high = (block->qh[half * 32 + j % 32] >> (j / 32 * 2)) & 3;
-      const float scale = d * static_cast<float>(static_cast<int8_t>(block->scales[i / 16]));
-      out[start + i] = scale * static_cast<float>((low | (high << 4)) - 32);
+    for (int group = 0; group < 16; ++group, out += 16) {
+      const uint8_t* ql = block->ql + group / 8 * 64 + group % 4 * 16;
+      const uint8_t* qh = block->qh + group / 8 * 32 + group % 2 * 16;
+      const int low_shift = group / 4 % 2 * 4, high_shift = group / 2 % 4 * 2;
+      write_scaled<16>(out, d * static_cast<float>(static_cast<int8_t>(block->scales[group])),
+                       [&](int i) { return (((ql[i] >> low_shift) & 15) | (((qh[i] >> high_shift) & 3) << 4)) - 32; });
     }
   }
 }

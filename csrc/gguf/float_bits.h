@@ -26,16 +26,16 @@ static inline uint32_t load_u32(const uint8_t* bytes) {
   return load_u16(bytes) | (static_cast<uint32_t>(load_u16(bytes + 2)) << 16);
 }
 
+// Chooses by masks: around a branch the compiler makes no vectors of a loop over this, since float operations may trap.
 static inline float f16_to_f32(uint16_t half) {
   const uint32_t sign = (half & 0x8000u) << 16;
-  const uint32_t exponent = (half >> 10) & 0x1fu;
-  const uint32_t mantissa = half & 0x3ffu;
-  if (exponent == 31) return bits_to_float(sign | 0x7f800000u | (mantissa << 13));
-  if (exponent == 0) {  // zero or subnormal: mantissa * 2^-24, exact in float32
-    const float magnitude = static_cast<float>(mantissa) * 0x1p-24f;
-    return bits_to_float(sign | float_to_bits(magnitude));
-  }
-  return bits_to_float(sign | ((exponent + 112) << 23) | (mantissa << 13));  // 112 = 127 - 15, the biases
+  const uint32_t magnitude = half & 0x7fffu;
+  const uint32_t is_small = 0u - static_cast<uint32_t>(magnitude < 0x400u);           // zero or subnormal
+  const uint32_t is_large = 0u - static_cast<uint32_t>(magnitude >= 0x7c00u);         // infinity or NaN
+  const uint32_t small = float_to_bits(static_cast<float>(half & 0x3ff) * 0x1p-24f);  // exact in float32
+  const uint32_t bias = 112u << 23;                                                   // 127 - 15
+  const uint32_t other = (magnitude << 13) + bias + (bias & is_large);
+  return bits_to_float(sign | (small & is_small) | (other & ~is_small));
 }
 
 // Rounds to nearest even; overflow gives infinity, NaN stays NaN.

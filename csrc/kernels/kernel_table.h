@@ -7,14 +7,10 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "float_type.h"
 #include "gguf/ggml_type.h"
 
 namespace kt {
-
-// Element type of hidden states at the border (torch dtype of the model).
-enum class FloatType : int32_t { F32, F16, BF16 };
-
-inline size_t float_bytes(FloatType type) { return type == FloatType::F32 ? 4 : 2; }
 
 // How a row of float32 activations is stored for a GEMM. Types with the same format share one quantised row,
 // so a token is quantised once however many experts and matrices read it.

@@ -1,16 +1,13 @@
 """Dense tensors: from quantised bytes in a file to torch, in bounded memory. torch is imported on first use."""
 
-import functools
 import os
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from io import FileIO
 from typing import TYPE_CHECKING
 
 import gguf.quants
 import numpy as np
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-from numpy.typing import NDArray
+from gguf.constants import GGMLQuantizationType
 
 from kt_vllm import _native
 from kt_vllm.errors import GGUFError
@@ -19,16 +16,12 @@ from kt_vllm.gguf.header import GGUFTensor, shown
 if TYPE_CHECKING:
     import torch
 
-# Of float32 at a time: stays in a core's cache, and malloc does not ask the kernel for fresh pages each time, which
-# halves the speed from 4 MiB on; large beside the cost of a call.
-CHUNK_BYTES = 1 << 20
-# Chunks decoded at once: one thread does 0.4 G weights a second of Q4_K, and disks are no faster than eight.
-MAX_THREADS = 8
-# Converted at once: from 32768 on torch would start threads of its own, for each of ours.
-_SERIAL_WEIGHTS = 32000
-# Written in C++, and the same bits. What is left is decoded by the `gguf` package: float32, which it only views, and
-# types that no expert has.
-_NATIVE_TYPES = frozenset(_native.type_sizes()) - {"F32"}
+# Threads that read and decode one tensor: no disk is faster than sixteen.
+MAX_THREADS = 16
+# Decoded at once by the `gguf` package, which takes several times the memory of their float32.
+_GGUF_ROWS = 64
+# Decoded in C++, with the same bits. The `gguf` package decodes what is left: types that no expert has.
+_NATIVE_TYPES = frozenset(_native.type_sizes())
 
 # What gguf.quants can decode; tests/unit/test_dense.py holds this list to the installed package.
 # fmt: off
@@ -40,58 +33,50 @@ DECODABLE_TYPES = frozenset({
 
 
 def read_dense(tensor: GGUFTensor, dtype: "torch.dtype | None" = None) -> "torch.Tensor":
-    """The tensor's values, [*tensor.shape], as `dtype` (None: float32), rounded to nearest.
+    """The tensor's values, [*tensor.shape], as `dtype`, rounded to nearest.
 
-    On the CPU. Needs the result and about two chunks a thread. Raises GGUFError when the file is no longer as it was.
+    dtype: float32 (None too), float16 or bfloat16. On the CPU. Needs the result and, for each thread, the bytes of 2^18
+    weights. Raises GGUFError when the file is no longer as it was.
     """
     import torch
 
-    block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[tensor.type]]
-    num_cols = tensor.shape[-1]
-    row_bytes = num_cols // block * block_bytes
-    num_rows = tensor.nbytes // row_bytes
-    chunk_rows = max(1, CHUNK_BYTES // (4 * num_cols))
     values = torch.empty(tensor.shape, dtype=dtype or torch.float32, device="cpu")  # whatever the default is
-    rows = values.view(num_rows, num_cols)
-
-    def decode(start: int) -> None:
-        count = min(chunk_rows, num_rows - start)
-        with _opened(tensor) as file:
-            file.seek(tensor.offset + start * row_bytes)
-            data = np.fromfile(file, np.uint8, count * row_bytes)
-        if data.size != count * row_bytes:
-            raise GGUFError(
-                f"{tensor.path!r} ended inside tensor {shown(tensor.name)} though it was long enough when it was "
-                "opened: something is writing to it; wait for that and start again"
-            )
-        decoded = torch.from_numpy(dequantize(data, tensor.type))
-        target = rows[start : start + count].view(-1)
-        for piece in range(0, len(decoded), _SERIAL_WEIGHTS):
-            part = slice(piece, piece + _SERIAL_WEIGHTS)
-            target[part].copy_(decoded[part])
-
-    starts = range(0, num_rows, chunk_rows)
-    threads = _threads(len(os.sched_getaffinity(0)))
-    if len(starts) == 1 or threads is None:
-        for start in starts:
-            decode(start)
-    else:
-        list(threads.map(decode, starts))
+    if tensor.type not in _NATIVE_TYPES:
+        _read_with_gguf(tensor, values)
+        return values
+    try:
+        _native.read_dense(
+            path=tensor.path,
+            offset=tensor.offset,
+            type=tensor.type,
+            num_weights=values.numel(),
+            name=shown(tensor.name),
+            destination=values.data_ptr(),
+            float_type=str(values.dtype).removeprefix("torch."),
+            num_threads=min(MAX_THREADS, len(os.sched_getaffinity(0))),  # in vLLM's CPU workers: one
+        )
+    except _native.NativeError as error:
+        raise GGUFError(str(error)) from None
     return values
 
 
-def dequantize(data: NDArray[np.uint8], type_: str) -> NDArray[np.float32]:
-    """Whole blocks [num_bytes] -> [num_weights], bit for bit as gguf.quants.dequantize. Releases the GIL for long."""
-    if type_ in _NATIVE_TYPES:
-        return _native.dequantize(type_, data)
-    kind = GGMLQuantizationType[type_]
-    return gguf.quants.dequantize(data.reshape(-1, GGML_QUANT_SIZES[kind][1]), kind).reshape(-1)
+def _read_with_gguf(tensor: GGUFTensor, values: "torch.Tensor") -> None:
+    """values: [*tensor.shape], filled."""
+    import torch
 
-
-@functools.cache
-def _threads(num_cpus: int) -> ThreadPoolExecutor | None:
-    """Shared by all tensors; None where there is one CPU, as in vLLM's CPU workers."""
-    return ThreadPoolExecutor(min(MAX_THREADS, num_cpus), "kt_vllm dense") if num_cpus > 1 else None
+    kind = GGMLQuantizationType[tensor.type]
+    rows = values.view(-1, tensor.shape[-1])
+    row_bytes = tensor.nbytes // len(rows)
+    with _opened(tensor) as file:
+        file.seek(tensor.offset)
+        for target in rows.split(_GGUF_ROWS):
+            data = np.fromfile(file, np.uint8, len(target) * row_bytes)
+            if data.size != len(target) * row_bytes:
+                raise GGUFError(
+                    f"{tensor.path!r} ended inside tensor {shown(tensor.name)} though it was long enough when it was "
+                    "opened: something is writing to it; wait for that and start again"
+                )
+            target.copy_(torch.from_numpy(gguf.quants.dequantize(data.reshape(len(target), row_bytes), kind)))
 
 
 def _opened(tensor: GGUFTensor) -> FileIO:

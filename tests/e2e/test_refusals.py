@@ -155,7 +155,7 @@ REFUSED: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     ),
     "int4 in float32": (
         MODEL,
-        (*WEIGHTS, "--kt-gpu-quant", "int4", "--dtype", "float32"),
+        (*WEIGHTS, "--kt-gpu-quant", "int4", "--attention-backend", "CPU_MLA", "--dtype", "float32"),
         ("--kt-gpu-quant is int4 and the model runs in float32", "give --dtype bfloat16"),
     ),
     "expert parallel": (

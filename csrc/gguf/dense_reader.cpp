@@ -23,9 +23,11 @@ namespace {
 // Decoded and rounded at a time: float32 that stays in L1. A multiple of every block size.
 constexpr int64_t kPiece = 2048;
 
-// Loops that the compiler makes vectors of. in, out: [n], apart.
+// Loops that the compiler makes vectors of. in, out: [n], apart; n at most kPiece.
 void round_to_f16(const float* __restrict in, int64_t n, uint16_t* __restrict out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = f32_to_f16(in[i]);
+  uint32_t wide[kPiece];  // in one loop the compiler would narrow, at some cost, many values on the way to the result
+  for (int64_t i = 0; i < n; ++i) wide[i] = f32_to_wide_f16(in[i]);
+  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<uint16_t>(wide[i]);
 }
 
 void round_to_bf16(const float* __restrict in, int64_t n, uint16_t* __restrict out) {

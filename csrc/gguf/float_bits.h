@@ -38,22 +38,23 @@ static inline float f16_to_f32(uint16_t half) {
   return bits_to_float(sign | (small & is_small) | (other & ~is_small));
 }
 
-// Rounds to nearest even; overflow gives infinity, NaN stays NaN.
-static inline uint16_t f32_to_f16(float value) {
+// Rounds to nearest even; overflow gives infinity, NaN stays NaN. By masks, as above; the upper half is 0.
+static inline uint32_t f32_to_wide_f16(float value) {
   const uint32_t bits = float_to_bits(value);
-  const uint32_t sign = (bits >> 16) & 0x8000u;
-  uint32_t magnitude = bits & 0x7fffffffu;
-  if (magnitude > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u | ((magnitude >> 13) & 0x3ffu));
-  if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // 65520: half way past the largest
-  if (magnitude < 0x38800000u) {                                               // under 2^-14: subnormal half
-    // One ulp of a float in [0.5, 1) is 2^-24, the step of subnormal halves, so this addition does the rounding.
-    const uint32_t rounded = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u;
-    return static_cast<uint16_t>(sign | rounded);
-  }
-  magnitude -= 112u << 23;
-  magnitude += 0xfffu + ((magnitude >> 13) & 1u);
-  return static_cast<uint16_t>(sign | (magnitude >> 13));
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  const int32_t ordered = static_cast<int32_t>(magnitude);                      // SSE2 compares signed numbers
+  const uint32_t is_small = 0u - static_cast<uint32_t>(ordered < 0x38800000);   // under 2^-14: subnormal half
+  const uint32_t is_large = 0u - static_cast<uint32_t>(ordered >= 0x477ff000);  // 65520: half way past the largest
+  const uint32_t is_nan = 0u - static_cast<uint32_t>(ordered > 0x7f800000);
+  // One ulp of a float in [0.5, 1) is 2^-24, the step of subnormal halves, so this addition does the rounding.
+  const uint32_t small = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u;
+  const uint32_t normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  const uint32_t large = 0x7c00u | ((0x200u | ((magnitude >> 13) & 0x3ffu)) & is_nan);
+  const uint32_t finite = (small & is_small) | (normal & ~is_small);
+  return ((bits >> 16) & 0x8000u) | (large & is_large) | (finite & ~is_large);
 }
+
+static inline uint16_t f32_to_f16(float value) { return static_cast<uint16_t>(f32_to_wide_f16(value)); }
 
 static inline float bf16_to_f32(uint16_t value) { return bits_to_float(static_cast<uint32_t>(value) << 16); }
 

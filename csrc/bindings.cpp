@@ -93,7 +93,7 @@ std::unique_ptr<kt::Coordinator> make_coordinator(const Executor* executor, cons
                                                   const std::vector<std::pair<int, int>>& layers,
                                                   const std::string& type, int hidden_size, int max_tokens,
                                                   std::vector<int> worker_cpus, double watchdog_seconds,
-                                                  std::function<void(const std::string&)> on_failure) {
+                                                  int64_t spin_ns, std::function<void(const std::string&)> on_failure) {
   kt::CoordinatorOptions options;
   for (const auto& [mailbox, hidden_states, topk_ids, topk_weights, output] : slots)
     options.slots.push_back({.mailbox = reinterpret_cast<kt::Mailbox*>(mailbox),
@@ -107,6 +107,7 @@ std::unique_ptr<kt::Coordinator> make_coordinator(const Executor* executor, cons
   options.max_tokens = max_tokens;
   options.worker_cpus = std::move(worker_cpus);
   options.watchdog_ns = static_cast<int64_t>(watchdog_seconds * 1e9);
+  options.spin_ns = spin_ns;
   options.on_failure = std::move(on_failure);
   return std::make_unique<kt::Coordinator>(executor == nullptr ? nullptr : &executor->get(), std::move(options));
 }
@@ -208,8 +209,8 @@ PYBIND11_MODULE(_native, m) {
   // which may be about to call Python.
   py::class_<kt::Coordinator>(m, "Coordinator", py::release_gil_before_calling_cpp_dtor())
       .def(py::init(&make_coordinator), py::kw_only(), "executor"_a.none(true), "slots"_a, "layers"_a, "float_type"_a,
-           "hidden_size"_a, "max_tokens"_a, "worker_cpus"_a, "watchdog_seconds"_a, "on_failure"_a = py::none(),
-           py::keep_alive<1, 2>())
+           "hidden_size"_a, "max_tokens"_a, "worker_cpus"_a, "watchdog_seconds"_a,
+           "spin_ns"_a = 2 * kt::kStepSpinNanoseconds, "on_failure"_a = py::none(), py::keep_alive<1, 2>())
       .def_property_readonly("stats",
                              [](const kt::Coordinator& self) {
                                const kt::CoordinatorStats stats = self.stats();

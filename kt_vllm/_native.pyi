@@ -86,12 +86,14 @@ class Coordinator:
         max_tokens: int,
         worker_cpus: list[int],
         watchdog_seconds: float,
+        spin_ns: int = ...,
         on_failure: Callable[[str], None] | None = None,
     ) -> None:
         """slots: addresses of mailbox, hidden states, ids, weights and output. layers: (executor's number, top_k).
 
-        executor None answers all calls at once and leaves the output as it is. on_failure: gets a sentence, in a thread
-        of its own, some seconds before the process ends.
+        spin_ns: for how long it spins after a call (twice STEP_SPIN_NS). executor None answers all calls at once and
+        leaves the output as it is. on_failure: gets a sentence, in a thread of its own, some seconds before the
+        process ends.
         """
     @property
     def stats(self) -> dict[str, int]:

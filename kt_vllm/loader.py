@@ -146,12 +146,9 @@ def _make_executor(
         cpus=config.cpus,
         nodes=config.nodes or None,
         max_num_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
-        # Stages of a pipeline share the CPUs and take turns: who spins keeps the next one from its work.
-        spin_ns=_native.SPIN_NS
-        if on_host or vllm_config.parallel_config.pipeline_parallel_size > 1
-        else _native.STEP_SPIN_NS,
-        # The coordinator has nothing else to do meanwhile. It would keep another from a CPU that they share.
-        caller_works=not on_host and len(set(config.cpus)) == len(config.cpus) > 1,
+        spin_ns=_native.SPIN_NS if on_host or _shares_cpus(config, vllm_config) else _native.STEP_SPIN_NS,
+        # The coordinator has nothing else to do meanwhile.
+        caller_works=not on_host and not _shares_cpus(config, vllm_config),
     )
     for method in methods:
         layer = extract_layer_index(method.layer_name)
@@ -161,6 +158,11 @@ def _make_executor(
     logger.info("kt_vllm: experts of %d layers run here. %s", len(methods), executor.native.isa_reason)
     logger.info("kt_vllm: %s", executor.native.placement_report)
     return executor
+
+
+def _shares_cpus(config: KTConfig, vllm_config: VllmConfig) -> bool:
+    """Whether a thread that spins keeps another from its work: on one CPU, or in the next stage of a pipeline."""
+    return len(set(config.cpus)) < max(2, len(config.cpus)) or vllm_config.parallel_config.pipeline_parallel_size > 1
 
 
 def _restore(methods: list[KTMoEMethod]) -> None:
@@ -193,6 +195,7 @@ def _connect(
         worker_cpus=config.cpus,
         way=config.handover,
         watchdog_seconds=config.watchdog_seconds,
+        spin_ns=_native.SPIN_NS if _shares_cpus(config, vllm_config) else 2 * _native.STEP_SPIN_NS,
     )
     for number, (method, top_k) in enumerate(zip(methods, top_ks, strict=True)):
         method.handle = handover.layer_handle(number, top_k)

@@ -22,7 +22,6 @@ namespace kt {
 namespace {
 
 constexpr int kPausesPerClockRead = 16;
-constexpr int64_t kCallSpinNanoseconds = 2 * kStepSpinNanoseconds;
 constexpr int64_t kNapNanoseconds = 50'000;
 constexpr int64_t kNapsNanoseconds = 100'000'000;
 // Going to sleep and waking up takes 20 us of CPU time in a virtual machine: 0.1 % of it.
@@ -69,6 +68,7 @@ Coordinator::Coordinator(MoEExecutor* executor, CoordinatorOptions options)
   KT_CHECK(options_.hidden_size >= 1, "hidden_size is ", options_.hidden_size, ", expected at least 1");
   KT_CHECK(options_.layers.size() < kEchoLayer, "layers has ", options_.layers.size(), " entries, expected below ",
            kEchoLayer);
+  KT_CHECK(options_.spin_ns >= 0, "spin_ns is ", options_.spin_ns, ", expected at least 0");
   KT_CHECK(options_.watchdog_ns > 0, "watchdog_ns is ", options_.watchdog_ns, ", expected more than 0");
   for (const MailboxSlot& slot : options_.slots) {
     KT_CHECK(slot.mailbox && slot.hidden_states && slot.topk_ids && slot.topk_weights && slot.output,
@@ -128,7 +128,7 @@ void Coordinator::main() {
     wakes = seen;
     if (now - busy_ns > kNapsNanoseconds)
       wakes_.sleep_until_change(wakes, kSleepNanoseconds);
-    else if (now - busy_ns > kCallSpinNanoseconds)
+    else if (now - busy_ns > options_.spin_ns)
       nap(kNapNanoseconds);
   }
 }

@@ -14,6 +14,10 @@
 
 namespace kt {
 
+// The workers of an executor that a coordinator drives spin for this long: longer than a device takes from one MoE
+// layer to the next of a decode step (0.1 to 0.5 ms), since waking them costs some 50 us a layer.
+inline constexpr int64_t kStepSpinNanoseconds = 2'000'000;
+
 // What a layer number in a request stands for.
 struct CoordinatedLayer {
   int executor_layer;
@@ -25,9 +29,10 @@ struct CoordinatorOptions {
   std::vector<CoordinatedLayer> layers;
   FloatType float_type = FloatType::BF16;
   int hidden_size = 0;
-  int max_tokens = 0;            // of a slot
-  std::vector<int> worker_cpus;  // not for the coordinator, who would take the time from a worker
-  int64_t watchdog_ns = 0;       // a call that takes longer is lost; time while the process is stopped does not count
+  int max_tokens = 0;                          // of a slot
+  int64_t spin_ns = 2 * kStepSpinNanoseconds;  // after a call; then it takes naps
+  std::vector<int> worker_cpus;                // not for the coordinator, who would take the time from a worker
+  int64_t watchdog_ns = 0;  // a call that takes longer is lost; time while the process is stopped does not count
   // Called at most once, from a thread of its own, with a sentence that stderr has got; must not throw. It may end the
   // process in its own way, with close(), within kGraceNanoseconds.
   std::function<void(const std::string&)> on_failure;
@@ -40,14 +45,10 @@ struct CoordinatorStats {
   uint64_t between_ns = 0;   // from a reply to the request of a higher layer
 };
 
-// The workers of an executor that a coordinator drives spin for this long: longer than a device takes from one MoE
-// layer to the next of a decode step (0.1 to 0.5 ms), since waking them costs some 50 us a layer.
-inline constexpr int64_t kStepSpinNanoseconds = 2'000'000;
-
 inline constexpr int64_t kGraceNanoseconds = 10'000'000'000;
 
-// From construction to destruction nobody else may call the executor. It spins while calls come, takes naps of 50 us
-// after, and sleeps when there were none for 100 ms; wake() ends that, or else the first call finds it within 20 ms.
+// From construction to destruction nobody else may call the executor. It spins after each call, takes naps of 50 us
+// then, and sleeps when there were none for 100 ms; wake() ends that, or else the first call finds it within 20 ms.
 //
 // A call that it cannot answer, or not in time, ends the process with status 1: it says so on stderr, tells on_failure,
 // and answers everything from then on with what is there, so that nothing on the device waits for ever.

@@ -59,11 +59,13 @@ class Handover:
         worker_cpus: Sequence[int],
         way: str,
         watchdog_seconds: float,
+        spin_ns: int = 2 * _native.STEP_SPIN_NS,
     ) -> None:
         """layers: the executor's number and top_k of each; executor None: all are answered with zeros.
 
         max_num_tokens: of a call; what is longer than a slot goes in pieces, one computed while the next is copied.
-        way: auto, flags or hostfunc. Raises ConfigError where the device cannot do what was asked for.
+        way: auto, flags or hostfunc. spin_ns: for how long the coordinator spins after a call. Raises ConfigError where
+        the device cannot do what was asked for.
         """
         self._executor = executor  # which closes when nobody refers to it
         num_slots, max_tokens = _slots_for(max_num_tokens)
@@ -79,6 +81,7 @@ class Handover:
             max_tokens=max_tokens,
             worker_cpus=list(worker_cpus),
             watchdog_seconds=watchdog_seconds,
+            spin_ns=spin_ns,
             on_failure=raise_in_main_thread,
         )
         # Before that of the executor, which was made first.

@@ -59,8 +59,8 @@ full: venv  ## what make test leaves out: every model family with every mix of t
 
 # Three files at a time where vLLM runs, whose start is waiting for a good part. The others time things.
 test: build sanitize  ## everything this machine can run
-	@$(BIN)/python -m pytest -m 'not e2e'
-	@$(BIN)/python -m pytest -m e2e --numprocesses 3 --dist loadfile
+	@$(BIN)/python -m pytest -m 'not e2e or alone'
+	@$(BIN)/python -m pytest -m 'e2e and not alone' --numprocesses 3 --dist loadfile
 
 lint: venv  ## ruff, mypy and clang-format, changing nothing
 	@$(BIN)/ruff check $(PY_FILES)

@@ -18,6 +18,7 @@ def assert_close(result: dict) -> None:
     assert 0.003 < result["kl"] < MAX_MEAN_KL_QUANTISED, result
 
 
+@pytest.mark.full
 def test_int4() -> None:
     result, log = score({"enforce_eager": True}, {"gpu_quant": "int4"})
     assert_close(result)

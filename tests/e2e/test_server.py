@@ -135,6 +135,7 @@ def test_interrupt_while_serving(tmp_path: Path) -> None:
     assert running.stop(signal.SIGINT) < 10
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_while_loading(tmp_path: Path, signal_number: int) -> None:
     running = Server(tmp_path / "log.txt", "--enforce-eager")

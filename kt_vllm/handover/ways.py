@@ -9,7 +9,8 @@ from kt_vllm import _native
 from kt_vllm.handover import kernels
 from kt_vllm.handover.staging import Slot, message
 
-# Above this the copy engine is faster than kernels that move rows over the bus, and leaves the device's cores free.
+# Above this the copy engine moves the rows, and leaves the device's cores free. Not tuned: 16 tokens of DeepSeek-R1
+# go by kernel in 37 us there and back, 64 by copies in 145.
 _MAX_KERNEL_BYTES = 256 << 10
 
 

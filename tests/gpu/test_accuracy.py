@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +83,6 @@ def results(name: str) -> dict[str, Any]:
             found["status"] = f"still running after {ENGINE_SECONDS} s"
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        found["ended_at"] = time.time()
     found["log"] = Path(log.name).read_text(errors="replace")
     for line in found["log"].splitlines():
         if line.startswith("CHECK "):

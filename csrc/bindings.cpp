@@ -179,6 +179,8 @@ PYBIND11_MODULE(_native, m) {
       .def_property_readonly("placement_report", [](const Executor& self) { return self.get().placement_report(); })
       .def_property_readonly("memory_report", [](const Executor& self) { return self.get().memory_report(); })
       .def_property_readonly("num_invalid_ids", [](const Executor& self) { return self.get().num_invalid_ids(); })
+      .def_property_readonly("first_layer_with_invalid_ids",
+                             [](const Executor& self) { return self.get().first_layer_with_invalid_ids(); })
       .def_property_readonly("num_parks", [](const Executor& self) { return self.get().num_parks(); })
       .def(
           "add_layer",

@@ -47,6 +47,9 @@ class Executor:
     @property
     def num_invalid_ids(self) -> int: ...
     @property
+    def first_layer_with_invalid_ids(self) -> int:
+        """-1: none so far. Both may be asked for while calls go on."""
+    @property
     def num_parks(self) -> int:
         """How often a worker was left out for a while because others took its CPU."""
     def add_layer(self, gate: ExpertTensor, up: ExpertTensor, down: ExpertTensor) -> int: ...

@@ -51,14 +51,15 @@ class CPUExpertExecutor:
         )
         return LayerHandle(self, self.native.add_layer(gate, up, down), hidden_size=experts.gate.shape[2])
 
-    def warn_of_invalid_ids(self, index: int) -> None:
-        """Logs once that layer `index` was the first to get expert ids that do not exist."""
-        if not self._warned:
+    def warn_of_invalid_ids(self) -> None:
+        """Logs once which layer was the first to get expert ids that do not exist, if any did. Calls may go on."""
+        layer = self.native.first_layer_with_invalid_ids
+        if layer >= 0 and not self._warned:
             self._warned = True
             logger.warning(
                 "kt_vllm: the router named experts that do not exist (first seen in layer %d of this process); such "
                 "choices count as none. The usual cause is a NaN before this layer.",
-                index,
+                layer,
             )
 
     def close(self) -> None:
@@ -143,5 +144,4 @@ class LayerHandle:
     def wait(self) -> None:
         """Returns when the output of the last submit() is complete."""
         self._native.wait()
-        if self._native.num_invalid_ids:
-            self._executor.warn_of_invalid_ids(self.index)
+        self._executor.warn_of_invalid_ids()

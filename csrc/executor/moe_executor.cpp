@@ -1,5 +1,6 @@
 #include "executor/moe_executor.h"
 
+#include <atomic>
 #include <deque>
 #include <optional>
 
@@ -63,6 +64,8 @@ struct MoEExecutor::Impl {
   size_t num_layers_to_load = 0;  // layers below this are loaded once the loader is through
   bool loading = false;           // the pool's job is the loader
   bool in_flight = false;         // submit() without its wait() yet
+  int last_layer = -1;            // of submit()
+  std::atomic<int> first_layer_with_invalid_ids{-1};
   MoECall call;
 };
 
@@ -77,6 +80,9 @@ const char* MoEExecutor::isa() const { return impl_->choice.table->isa; }
 const std::string& MoEExecutor::isa_reason() const { return impl_->choice.reason; }
 const std::string& MoEExecutor::placement_report() const { return impl_->pool->placement_report(); }
 uint64_t MoEExecutor::num_invalid_ids() const { return impl_->call.num_invalid_ids(); }
+int MoEExecutor::first_layer_with_invalid_ids() const {
+  return impl_->first_layer_with_invalid_ids.load(std::memory_order_relaxed);
+}
 uint64_t MoEExecutor::num_parks() const { return impl_->pool->num_parks(); }
 
 std::string MoEExecutor::memory_report() const {
@@ -147,6 +153,7 @@ void MoEExecutor::submit(int layer, const MoEForwardParams& params) {
     const int first_phase = my.call.prepare(&my.layers[layer], params);
     my.pool->start(&my.call, first_phase);
   }
+  my.last_layer = layer;
   my.in_flight = true;
 }
 
@@ -157,6 +164,8 @@ void MoEExecutor::wait() {
     impl_->pool->work_until_done();
   else
     impl_->pool->wait();
+  if (impl_->call.num_invalid_ids() != 0 && first_layer_with_invalid_ids() < 0)
+    impl_->first_layer_with_invalid_ids.store(impl_->last_layer, std::memory_order_relaxed);
 }
 
 bool MoEExecutor::adopt_calling_thread() {

@@ -29,7 +29,7 @@ struct LoadProgress {
   bool finished;
 };
 
-// Threads: one caller at a time (the thread that runs the model). No method needs the GIL.
+// Threads: one caller at a time (the thread that runs the model), but where it says any. No method needs the GIL.
 class MoEExecutor {
  public:
   explicit MoEExecutor(const ExecutorOptions& options);
@@ -64,8 +64,10 @@ class MoEExecutor {
   // With caller_works, once, by the thread that will call submit() and wait(): pins it. False without.
   bool adopt_calling_thread();
 
-  // Expert ids outside [0, num_experts) other than -1 seen so far: the router gave garbage, usually after a NaN.
+  // Expert ids outside [0, num_experts) other than -1 seen so far: the router gave garbage, usually after a NaN. Of
+  // which layer the first of them was, -1 where there was none, is known once its call is waited for. Any thread.
   uint64_t num_invalid_ids() const;
+  int first_layer_with_invalid_ids() const;
   // How often a worker was left out for a while because others took its CPU.
   uint64_t num_parks() const;
 

@@ -38,10 +38,15 @@ def _slots_for(max_num_tokens: int) -> tuple[int, int]:
 _handovers: "weakref.WeakSet[Handover]" = weakref.WeakSet()
 
 
-def wake_all() -> None:
-    """A step is about to begin: the coordinators of this process stop sleeping."""
+def begin_step() -> None:
+    """A step is about to begin: the coordinators of this process stop sleeping; what earlier steps had wrong is logged.
+
+    A coordinator itself does not log: the device would wait for Python.
+    """
     for handover in _handovers:
         handover.coordinator.wake()
+        if handover.executor is not None:
+            handover.executor.warn_of_invalid_ids()
 
 
 class Handover:
@@ -67,7 +72,7 @@ class Handover:
         way: auto, flags or hostfunc. spin_ns: for how long the coordinator spins after a call. Raises ConfigError where
         the device cannot do what was asked for.
         """
-        self._executor = executor  # which closes when nobody refers to it
+        self.executor = executor  # which closes when nobody refers to it
         num_slots, max_tokens = _slots_for(max_num_tokens)
         self._top_ks = sorted({top_k for _, top_k in layers})
         self.slots = [Slot.allocate(max_tokens, hidden_size, self._top_ks[-1], dtype, device) for _ in range(num_slots)]

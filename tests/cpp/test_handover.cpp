@@ -260,6 +260,30 @@ TEST(the_coordinator_works) {
   }
 }
 
+// Anybody may ask, also while calls go on.
+TEST(the_first_layer_with_invalid_ids) {
+  Experts experts;
+  DeviceSlot slot;
+  Coordinator coordinator(&experts.executor, options({&slot}, experts.layers));
+  const auto first_after = [&](int layer, int32_t id) {
+    const Call call(FloatType::F32, layer, 4, experts.layers[layer].top_k);
+    call.fill(slot);
+    slot.ids[test::random_int(0, static_cast<int>(call.ids.size()) - 1)] = id;
+    slot.raise(layer, 4);
+    CHECK(slot.await(), "lost");
+    return experts.executor.first_layer_with_invalid_ids();
+  };
+  for (int layer = 0; layer < 3; ++layer) CHECK(first_after(layer, -1) == -1, "without any");
+  const int first = test::random_int(0, 2), executor_layer = experts.layers[first].executor_layer;
+  int seen = first_after(first, test::random_int(0, 1) == 0 ? kExperts : -2);
+  CHECK(seen == executor_layer, seen << ", expected " << executor_layer);
+  for (int layer = 0; layer < 3; ++layer) {
+    seen = first_after(layer, kExperts);
+    CHECK(seen == executor_layer, seen << " after later ones, expected " << executor_layer);
+  }
+  CHECK(experts.executor.num_invalid_ids() == 4, experts.executor.num_invalid_ids() << " in all");
+}
+
 TEST(no_executor) {
   DeviceSlot slot;
   Coordinator coordinator(nullptr, options({&slot}, {{0, 2}, {0, 2}}));

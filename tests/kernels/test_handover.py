@@ -141,6 +141,31 @@ def test_pieces_overlap(handover, small_slots, monkeypatch):
     assert torch.equal(call["output"], torch.zeros_like(call["output"])), "no executor, no experts"
 
 
+def test_experts_that_do_not_exist_are_told_once_and_before_a_step(handover, handles, caplog):
+    """Not before: the coordinator's thread waits for nothing of Python."""
+    without_executor = make_handover(handover, None, max_num_tokens=SLOT)
+    of_device = make_handover(handover, handles.executor, max_num_tokens=SLOT)
+
+    def told_after(layer: int, id: int) -> list[str]:
+        call = random_call(layer, 3, torch.float32, with_padding=False)
+        call["topk_ids"][1, 1] = id
+        handle = of_device.layer_handle(len(TOP_KS) - 1 - layer, TOP_KS[layer])
+        handle.submit(**call)
+        handle.wait()
+        logged = len(caplog.records)
+        handover.device_layer.begin_step()
+        assert not any("do not exist" in record.message for record in caplog.records[:logged])
+        return [record.message for record in caplog.records[logged:]]
+
+    assert told_after(0, -1) == told_after(1, -1) == []
+    (sentence,) = told_after(1, 6)
+    assert "the router named experts that do not exist (first seen in layer 1 of this process)" in sentence
+    caplog.clear()
+    assert told_after(0, -7) == told_after(1, 6) == []
+    for each in (of_device, without_executor):
+        each.coordinator.close()
+
+
 @pytest.mark.parametrize("max_num_tokens", [1, SLOT, SLOT + 1])
 def test_pinned_bytes_are_what_slots_take(handover, small_slots, max_num_tokens):
     of_device = make_handover(handover, None, max_num_tokens=max_num_tokens)

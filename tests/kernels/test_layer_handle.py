@@ -39,6 +39,16 @@ def test_a_call(case, handle):
     assert_close_to_reference(given["output"].numpy(), expected, tolerance=1e-5, isa="reference", type="F32")
 
 
+def test_experts_that_do_not_exist_are_told_once(case, handle, caplog):
+    given = arguments(case)
+    for bad_id, num_told in ((-1, 0), (99, 1), (99, 1)):
+        given["topk_ids"][2, 0] = bad_id
+        handle.submit(**given)
+        handle.wait()
+        assert len(caplog.messages) == num_told
+    assert "the router named experts that do not exist (first seen in layer 0 of this process)" in caplog.messages[0]
+
+
 @pytest.mark.parametrize(
     ("name", "change"),
     [

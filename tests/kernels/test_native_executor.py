@@ -173,11 +173,12 @@ def test_padding_and_invalid_ids(tmp_path):
     executor = make_executor(case)
     hidden_states, _, topk_weights = case.inputs(6, top_k=2)
     topk_ids = np.array([[0, 1], [-1, -1], [6, 2], [-7, 2**31 - 1], [-1, 3], [-(2**31), -1]], np.int32)
+    assert (executor.num_invalid_ids, executor.first_layer_with_invalid_ids) == (0, -1)
     actual = run(executor, hidden_states, topk_ids, topk_weights)
     expected = case.expected(hidden_states, topk_ids, topk_weights)
     assert_close_to_reference(actual, expected, tolerance=1e-5, isa="reference", type="F32")
     assert not actual[[1, 3, 5]].any()
-    assert executor.num_invalid_ids == 4
+    assert (executor.num_invalid_ids, executor.first_layer_with_invalid_ids) == (4, 0)
     topk_ids[:] = -1
     assert not run(executor, hidden_states, topk_ids, topk_weights).any()
     assert executor.num_invalid_ids == 4

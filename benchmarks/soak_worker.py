@@ -1,16 +1,12 @@
 """What soak.py asks vLLM's workers through /collective_rpc: the device's memory, and that the executor goes deaf."""
 
-from typing import Any
-
 import torch
 
-from kt_vllm.bench import e2e_clock
+from kt_vllm.handover.device_layer import handovers
 
 
 class SoakWorker:
     """vllm serve --worker-extension-cls benchmarks.soak_worker.SoakWorker: methods of every worker."""
-
-    model_runner: Any
 
     def soak_memory(self) -> dict[str, int]:
         """Bytes in use on this worker's device, by whomever."""
@@ -21,7 +17,6 @@ class SoakWorker:
 
     def soak_stop_answering(self) -> dict[str, int]:
         """How many coordinators stopped."""
-        e2e_clock.start_clock(self.model_runner.model)
-        for handover in e2e_clock._handovers:
+        for handover in handovers:
             handover.coordinator.stop_answering()
-        return {"stopped": len(e2e_clock._handovers)}
+        return {"stopped": len(handovers)}

@@ -2,17 +2,14 @@
 
 import time
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import nn
 
 from kt_vllm.executor import LayerHandle
-from kt_vllm.handover.device_layer import DeviceLayerHandle
+from kt_vllm.handover.device_layer import handovers
 from kt_vllm.layer import KTMoEMethod, KTRoutedExperts
-
-if TYPE_CHECKING:
-    from kt_vllm.handover.device_layer import Handover
 
 
 @dataclass
@@ -53,16 +50,9 @@ class _TimedHandle(LayerHandle):
         self.__dict__.update(vars(handle))
         self._clock = clock
 
-    def submit(
-        self,
-        hidden_states: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        output: torch.Tensor,
-        padding: torch.Tensor | None = None,
-    ) -> None:
+    def submit(self, hidden_states: torch.Tensor, *others: Any, **named: Any) -> None:
         self._clock.begin(self.index, hidden_states.shape[0])
-        super().submit(hidden_states, topk_weights, topk_ids, output, padding)
+        super().submit(hidden_states, *others, **named)
 
     def wait(self) -> None:
         super().wait()
@@ -88,7 +78,6 @@ class _HostClock:
         self.sums.executor_ns += self._end - self._begin
 
 
-_handovers: list["Handover"] = []
 _host = _HostClock()
 _num_layers = 0
 
@@ -98,22 +87,19 @@ def start_clock(model: nn.Module) -> str:
     global _host, _num_layers
     methods = [m.quant_method for m in model.modules() if isinstance(m, KTRoutedExperts)]
     ours = [m for m in methods if isinstance(m, KTMoEMethod) and m.handle is not None]
-    _handovers[:] = {
-        id(m.handle.handover): m.handle.handover for m in ours if isinstance(m.handle, DeviceLayerHandle)
-    }.values()
     _host, _num_layers = _HostClock(), len(ours)
     for method in ours:
         if isinstance(method.handle, LayerHandle):
             method.handle = _TimedHandle(method.handle, _host)
-    if _handovers:
-        return f"coordinator, {_handovers[0].way.name}"
+    if handovers:
+        return f"coordinator, {next(iter(handovers)).way.name}"
     return "host" if any(isinstance(m.handle, LayerHandle) for m in ours) else "none"
 
 
 def read_clock(model: nn.Module) -> Clock:
     """Since the start of the process. Of the worker on which start_clock() ran."""
     total = Clock(*asdict(_host.sums).values())
-    for handover in _handovers:
+    for handover in handovers:
         stats = handover.coordinator.stats
         total += Clock(0, *(stats[key] for key in ("num_calls", "num_tokens", "executor_ns", "between_ns")))
     total.num_layers = _num_layers

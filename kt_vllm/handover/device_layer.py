@@ -35,15 +35,16 @@ def _slots_for(max_num_tokens: int) -> tuple[int, int]:
     return (1, max_num_tokens) if max_num_tokens <= MAX_PIECE_TOKENS else (2, MAX_PIECE_TOKENS)
 
 
-_handovers: "weakref.WeakSet[Handover]" = weakref.WeakSet()
+# Of this process.
+handovers: "weakref.WeakSet[Handover]" = weakref.WeakSet()
 
 
 def begin_step() -> None:
-    """A step is about to begin: the coordinators of this process stop sleeping; what earlier steps had wrong is logged.
+    """A step is about to begin: the coordinators stop sleeping; what earlier steps had wrong is logged.
 
     A coordinator itself does not log: the device would wait for Python.
     """
-    for handover in _handovers:
+    for handover in handovers:
         handover.coordinator.wake()
         if handover.executor is not None:
             handover.executor.warn_of_invalid_ids()
@@ -91,7 +92,7 @@ class Handover:
         )
         # Before that of the executor, which was made first.
         self._finalizer = weakref.finalize(self, self.coordinator.close)
-        _handovers.add(self)
+        handovers.add(self)
         self.way = self._choose(way)
         for slot in self.slots:  # without an executor nobody overwrites what the test left
             slot.output.zero_()

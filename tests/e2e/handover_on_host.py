@@ -52,6 +52,7 @@ class Device:
 def main() -> None:
     load_general_plugins()
     from kt_vllm import loader
+    from kt_vllm.bench.e2e_clock import read_clock, start_clock
     from kt_vllm.handover import device_layer
 
     device_layer.MAX_PIECE_TOKENS = 300  # so that a batch goes in pieces
@@ -77,6 +78,9 @@ def main() -> None:
         SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=NUM_LOGPROBS, detokenize=False),
         use_tqdm=False,
     )
+    assert llm.apply_model(start_clock) == ["coordinator, host"]
+    (clock,) = llm.apply_model(read_clock)
+    assert clock.num_layers == 3 and clock.num_calls >= 3 and clock.num_tokens >= 3 * tokens.size, clock
     print("SCORE " + json.dumps(compare(outputs, expected, tokens)), flush=True)
     os._exit(0)
 

@@ -184,9 +184,9 @@ class Checks:
 
 def stop_answering(model: Any) -> None:
     """Of every coordinator of this worker."""
-    from kt_vllm.bench import e2e_clock
+    from kt_vllm.handover.device_layer import handovers
 
-    for handover in e2e_clock._handovers:
+    for handover in handovers:
         handover.coordinator.stop_answering()
 
 

@@ -9,13 +9,14 @@ namespace {
 
 constexpr int kLineFloats = kCacheLine / sizeof(float);
 
-// Floats of a slot row when each slice is cut into num_passes parts.
+// Floats of a slot row when each slice is cut into num_passes parts: an odd number of cache lines. With strides of a
+// power of two the sums that a tile kernel comes back to would share a few places of the first level cache.
 int64_t stride_of(const std::vector<RowRange>& slices, int num_passes) {
   int64_t columns = 0;
   for (const RowRange& slice : slices)
     columns +=
         std::min<int64_t>(slice.size(), ceil_div(ceil_div(slice.size(), kHiddenGranule), num_passes) * kHiddenGranule);
-  return ceil_div(columns, kLineFloats) * kLineFloats;
+  return (ceil_div(columns, kLineFloats) | 1) * kLineFloats;
 }
 
 int max_passes(const std::vector<RowRange>& slices) {

@@ -24,6 +24,9 @@ constexpr int kMinPrepareRange = 1024;
 // Rows of an item are whole cache lines of float32, and whole panels.
 constexpr int kIntermediateGranule = 32;
 
+// Of the rows of gate and up while tiles compute them: an odd number of cache lines, see DownPasses.
+constexpr int kTileStride = kMaxItemRows + static_cast<int>(kCacheLine / sizeof(float));
+
 constexpr int kTileMultiple = 32;  // K of every tile kernel is one
 constexpr int kNever = std::numeric_limits<int>::max();
 
@@ -92,17 +95,17 @@ int slice_granule(const MoELayerSpec& spec, const KernelTable& table) {
 
 // A worker's own buffers, one after another.
 struct MoELayer::Scratch {
-  float* gate;  // [kMaxItemTokens, kMaxItemRows]
-  float* up;    // [kMaxItemTokens, kMaxItemRows]
+  float* gate;  // [kMaxItemTokens, kTileStride]
+  float* up;    // [kMaxItemTokens, kTileStride]
   float* row;   // [hidden_size]
 
   explicit Scratch(uint8_t* memory) {
     gate = reinterpret_cast<float*>(memory);
-    up = gate + kMaxItemTokens * kMaxItemRows;
-    row = up + kMaxItemTokens * kMaxItemRows;
+    up = gate + kMaxItemTokens * kTileStride;
+    row = up + kMaxItemTokens * kTileStride;
   }
   static size_t bytes(int hidden_size) {
-    return (2 * kMaxItemTokens * kMaxItemRows + static_cast<size_t>(hidden_size)) * sizeof(float);
+    return (2 * kMaxItemTokens * kTileStride + static_cast<size_t>(hidden_size)) * sizeof(float);
   }
 };
 
@@ -256,10 +259,10 @@ void MoELayer::gate_up_tiles(const MoEPiece& piece, const WorkItem& item, const 
   const int64_t first_row = int64_t{group.first_tile} * kTileTokens + item.first_token;
   const size_t group_bytes = table_.tile_group_bytes(hidden_size());
   multiply_tiles({{&gate_, scratch.gate}, {&up_, scratch.up}}, item, group.expert,
-                 piece.workspace->input_tiles() + first_row / kTileTokens * group_bytes, group_bytes, item.num_rows);
+                 piece.workspace->input_tiles() + first_row / kTileTokens * group_bytes, group_bytes, kTileStride);
   for (int t = 0; t < item.num_tokens; ++t) {
-    float* row = scratch.gate + t * item.num_rows;
-    table_.silu_mul(row, scratch.up + t * item.num_rows, row, item.num_rows);
+    float* row = scratch.gate + t * kTileStride;
+    table_.silu_mul(row, scratch.up + t * kTileStride, row, item.num_rows);
     store_tiles(row, item.first_row, item.num_rows, intermediate_size(), first_row + t,
                 piece.workspace->intermediate_tiles());
   }

@@ -17,27 +17,36 @@ constexpr int kTokensAtOnce = 256;
 
 constexpr int kChunksAhead = 2;  // how far ahead weights are asked for, of 1 to 10 microseconds each
 
-// The weights of a later chunk, asked for a few lines at a time while the tile unit works.
+// What is read later, asked for a few lines at a time while the tile unit works.
 struct Ahead {
-  const uint8_t* panels[2] = {nullptr, nullptr};  // nullptr: nothing
-  size_t bytes_of_step = 0;                       // of each
+  const uint8_t* from[2] = {nullptr, nullptr};  // nullptr: nothing
+  size_t bytes_of_step = 0;                     // of each
 
   inline void prefetch(int step) const {
-    for (const uint8_t* panel : panels)
-      for (size_t i = 0; panel != nullptr && i < bytes_of_step; i += 64)
-        _mm_prefetch(reinterpret_cast<const char*>(panel + step * bytes_of_step + i), _MM_HINT_T1);
+    for (const uint8_t* begin : from)
+      for (size_t i = 0; begin != nullptr && i < bytes_of_step; i += 64)
+        _mm_prefetch(reinterpret_cast<const char*>(begin + step * bytes_of_step + i), _MM_HINT_T1);
   }
 };
 
-// Of the chunk at k of the panels from row on.
+// The weights kChunksAhead after the chunk at k of the panels from row on.
 template <class Maker>
-inline Ahead find_ahead(const TileGemmParams& p, int row, int k) {
+inline Ahead weights_ahead(const TileGemmParams& p, int row, int k) {
   k += kChunksAhead * kMaxCodesK;
   if (k >= p.k_end) k -= (p.k_end - p.k_begin + kMaxCodesK - 1) / kMaxCodesK * kMaxCodesK, row += kRows;
   if (k < p.k_begin || row >= p.num_rows) return {};
   const uint8_t* panel = p.weights + static_cast<size_t>(row / kPanelRows) * p.panel_bytes +
                          static_cast<size_t>(k / kMaxCodesK) * Maker::kChunkBytes;
   return {{panel, row + kPanelRows < p.num_rows ? panel + p.panel_bytes : nullptr}, Maker::kChunkBytes / kSteps};
+}
+
+// Bytes of a group's activations that are read after k_end, to be asked for in each step of a chunk: by the last chunk
+// all that a call of this size reads.
+inline size_t activations_ahead_of_step(const TileGemmParams& p) {
+  const int next_k = p.k - p.k_end < p.k_end - p.k_begin ? p.k - p.k_end : p.k_end - p.k_begin;
+  const int chunks = (p.num_rows + kRows - 1) / kRows * ((p.k_end - p.k_begin + kMaxCodesK - 1) / kMaxCodesK);
+  const size_t bytes = static_cast<size_t>(next_k / kStepK) * kTileBytes, steps = static_cast<size_t>(chunks) * kSteps;
+  return (bytes / steps + 63) / 64 * 64;
 }
 
 // Up to 2 groups of tokens x 2 panels, whose sums are in tiles 0 to 3.
@@ -70,7 +79,7 @@ struct TileSums {
   }
 
   static inline void add_products(const WeightTiles& weights, const uint8_t* a0, const uint8_t* a1, int num_steps,
-                                  const Ahead& ahead) {
+                                  const Ahead& weights_ahead, const Ahead& activations_ahead) {
     for (int s = 0; s < num_steps; ++s) {
       _tile_loadd(6, weights[s][0], kTileRowBytes);
       _tile_loadd(4, a0 + s * kTileBytes, kTileRowBytes);
@@ -84,7 +93,8 @@ struct TileSums {
         _tile_dpbf16ps(2, 5, 6);
         if constexpr (kTwoPanels) _tile_dpbf16ps(3, 5, 7);
       }
-      ahead.prefetch(s);
+      weights_ahead.prefetch(s);
+      activations_ahead.prefetch(s);
     }
   }
 };
@@ -129,6 +139,8 @@ inline void tile_gemm_tokens(const TileGemmParams& p, const uint8_t* activations
   const int first = exact && num_tokens < kTileTokens ? num_tokens : kTileTokens;
   configure_tiles(first, exact ? num_tokens - first : kTileTokens);
   const int whole_tokens = exact || num_tokens % kTileTokens == 0 ? num_tokens : num_tokens / kPair * kPair;
+  const size_t ahead_of_step = activations_ahead_of_step(p);
+  const uint8_t* next_a = activations + static_cast<size_t>(p.k_end / kStepK) * kTileBytes;
   for (int row = 0; row < p.num_rows; row += kRows) {
     const int num_rows = p.num_rows - row < kRows ? p.num_rows - row : kRows;
     const bool two_panels = num_rows > kPanelRows;
@@ -138,12 +150,12 @@ inline void tile_gemm_tokens(const TileGemmParams& p, const uint8_t* activations
     beside.num_tokens = num_tokens;
     beside.num_rows = num_rows;
     if (p.accumulate) beside.load(output, p.output_stride);
-    for (int k = p.k_begin; k < p.k_end; k += kMaxCodesK) {
+    for (int k = p.k_begin; k < p.k_end; k += kMaxCodesK, next_a += kSteps * ahead_of_step) {
       const int num_k = p.k_end - k < kMaxCodesK ? p.k_end - k : kMaxCodesK;
       maker.make(panel, k, num_k, tiles, 0);
       if (two_panels) maker.make(panel + p.panel_bytes, k, num_k, tiles, 1);
       const int num_steps = num_k / kStepK;
-      Ahead ahead = find_ahead<Maker>(p, row, k);
+      Ahead ahead = weights_ahead<Maker>(p, row, k);
       const uint8_t* a = activations + static_cast<size_t>(k / kStepK) * kTileBytes;
       for (int token = 0; token < num_tokens; token += kPair, a += 2 * p.group_bytes) {
         float* to = token < beside.first_token ? output + token * p.output_stride : beside.sums[token];
@@ -155,7 +167,10 @@ inline void tile_gemm_tokens(const TileGemmParams& p, const uint8_t* activations
             tile_sums.zero();
           else if (starts || moves)
             tile_sums.load(to, stride);
-          tile_sums.add_products(tiles, a, a + p.group_bytes, num_steps, ahead);
+          const uint8_t* later = next_a + static_cast<size_t>(token / kTileTokens) * p.group_bytes;
+          const bool two_groups = num_tokens - token > kTileTokens;
+          tile_sums.add_products(tiles, a, a + p.group_bytes, num_steps, ahead,
+                                 {{later, two_groups ? later + p.group_bytes : nullptr}, ahead_of_step});
           if (ends || moves) tile_sums.store(to, stride);
         });
         ahead = {};

@@ -8,7 +8,7 @@ namespace kt::KT_ISA_NAMESPACE {
 namespace {
 
 // With fewer tokens the vector kernels are faster; measured, see benchmarks/RESULTS.md.
-constexpr int kMinTokensInt = 20, kMinTokensFloat = 4;
+constexpr int kMinTokensInt = 14, kMinTokensFloat = 4;
 
 #define KT_FLOAT_ENTRY(type)      \
   {GgmlType::type,                \

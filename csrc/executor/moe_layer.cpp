@@ -59,12 +59,6 @@ const MoELayerSpec& checked(const MoELayerSpec& spec, const KernelTable& table, 
   return spec;
 }
 
-std::vector<int> shares_of(const ThreadPool& pool) {
-  std::vector<int> shares;
-  for (int group = 0; group < pool.num_nodes(); ++group) shares.push_back(pool.workers_on(group));
-  return shares;
-}
-
 // Intermediate rows of an item of the vector path: whole blocks of down's activations, of whole cache lines.
 int vector_granule(const MoELayerSpec& spec, const KernelTable& table) {
   const int granule = std::lcm(kIntermediateGranule, aligned_activations(*find_type_kernels(table, spec.down.type)));
@@ -112,10 +106,9 @@ struct MoELayer::Scratch {
 MoELayer::MoELayer(const MoELayerSpec& spec, const KernelTable& table, const ThreadPool& pool, int index)
     : table_(table),
       pool_(pool),
-      shares_(shares_of(pool)),
-      gate_(checked(spec, table, index).gate, table, slice_granule(spec, table), shares_),
-      up_(spec.up, table, slice_granule(spec, table), shares_),
-      down_(spec.down, table, kHiddenGranule, shares_),
+      gate_(checked(spec, table, index).gate, table, slice_granule(spec, table), pool.workers_on_nodes()),
+      up_(spec.up, table, slice_granule(spec, table), pool.workers_on_nodes()),
+      down_(spec.down, table, kHiddenGranule, pool.workers_on_nodes()),
       vector_granule_(vector_granule(spec, table)),
       tile_min_tokens_(kt::tile_min_tokens(spec, table)) {}
 
@@ -169,11 +162,11 @@ void MoELayer::begin(int phase, MoEPiece& piece) const {
   if (phase == kGateUp) {
     piece.rows = gate_.slices();  // of the same length: no allocation
     const int rows = max_vector_rows(gate_.row_bytes() + up_.row_bytes(), vector_granule_);
-    piece.queue.fill(piece.groups, piece.rows, shares_, {vector_granule_, rows, kTileGranule});
+    piece.queue.fill(piece.groups, piece.rows, {vector_granule_, rows, kTileGranule});
   } else if (phase >= kDown && pass < piece.passes.num_passes()) {
     for (int slice = 0; slice < piece.passes.num_slices(); ++slice)
       piece.rows[slice] = piece.passes.part(pass, slice).rows;
-    piece.queue.fill(piece.groups, piece.rows, shares_,
+    piece.queue.fill(piece.groups, piece.rows,
                      {kHiddenGranule, max_vector_rows(down_.row_bytes(), kHiddenGranule), kHiddenGranule});
   }
 }
@@ -222,12 +215,18 @@ void MoELayer::prepare(MoEPiece& piece, int worker) const {
 
 void MoELayer::gate_up(MoEPiece& piece, int worker) const {
   const Scratch scratch(piece.workspace->worker(worker));
-  for (WorkItem item; piece.queue.take(pool_.node_of(worker), &item);) {
+  for (WorkItem item; piece.queue.take(pool_.node_of(worker), pool_.place_on_node(worker), &item);) {
     if (piece.groups.group(item.group).uses_tiles())
       gate_up_tiles(piece, item, scratch);
     else
       gate_up_vectors(piece, item, scratch);
   }
+}
+
+// Where the weights of the worker's next item begin; nullptr: unknown.
+const uint8_t* MoELayer::next_panel(const ExpertWeights& weights, const MoEPiece& piece, const WorkItem& item) {
+  if (item.next_group < 0) return nullptr;
+  return weights.panel(item.slice, piece.groups.group(item.next_group).expert, item.next_first_row);
 }
 
 void MoELayer::gate_up_vectors(const MoEPiece& piece, const WorkItem& item, const Scratch& scratch) const {
@@ -242,7 +241,8 @@ void MoELayer::gate_up_vectors(const MoEPiece& piece, const WorkItem& item, cons
     const uint8_t* next_rows = up_.panel(item.slice, group.expert, item.first_row);
     multiply_vectors(gate_, item, group.expert, {inputs[0], tokens, num_tokens, next_rows}, scratch.gate,
                      item.num_rows);
-    multiply_vectors(up_, item, group.expert, {inputs[1], tokens, num_tokens}, scratch.up, item.num_rows);
+    multiply_vectors(up_, item, group.expert, {inputs[1], tokens, num_tokens, next_panel(gate_, piece, item)},
+                     scratch.up, item.num_rows);
     for (int t = 0; t < num_tokens; ++t) {
       float* row = scratch.gate + t * item.num_rows;
       table_.silu_mul(row, scratch.up + t * item.num_rows, row, item.num_rows);
@@ -270,7 +270,7 @@ void MoELayer::gate_up_tiles(const MoEPiece& piece, const WorkItem& item, const 
 
 // Writes the slot rows of a pass: no two items meet, so nothing is added up between threads.
 void MoELayer::down(MoEPiece& piece, int pass, int worker) const {
-  for (WorkItem item; piece.queue.take(pool_.node_of(worker), &item);) {
+  for (WorkItem item; piece.queue.take(pool_.node_of(worker), pool_.place_on_node(worker), &item);) {
     const TokenGroups::Group& group = piece.groups.group(item.group);
     const DownPasses::Part part = piece.passes.part(pass, item.slice);
     const int64_t first_slot = group.first_slot + item.first_token;
@@ -289,7 +289,7 @@ void MoELayer::down_vectors(const MoEPiece& piece, const WorkItem& item, float* 
   for (int done = 0; done < item.num_tokens; done += kVectorTokens) {
     const int num_tokens = std::min(kVectorTokens, item.num_tokens - done);
     const uint8_t* input = piece.workspace->intermediate() + (group.first_slot + item.first_token + done) * row_bytes;
-    multiply_vectors(down_, item, group.expert, {input, nullptr, num_tokens},
+    multiply_vectors(down_, item, group.expert, {input, nullptr, num_tokens, next_panel(down_, piece, item)},
                      output + static_cast<size_t>(done) * piece.passes.stride(), piece.passes.stride());
   }
 }

@@ -34,7 +34,7 @@ struct MoEPiece {
   alignas(64) std::atomic<int64_t> next_token_item{0};  // of the work on whole tokens: prepare, merge
 
   MoEPiece(const ThreadPool& on, Workspace& in)
-      : pool(&on), workspace(&in), rows(on.num_nodes()), queue(on.num_nodes()) {}
+      : pool(&on), workspace(&in), rows(on.num_nodes()), queue(on.workers_on_nodes()) {}
 };
 
 // Immutable once its weights are there; run_phase() is then for any number of threads.
@@ -82,6 +82,7 @@ class MoELayer {
   void begin(int phase, MoEPiece& piece) const;
   void prepare(MoEPiece& piece, int worker) const;
   void gate_up(MoEPiece& piece, int worker) const;
+  static const uint8_t* next_panel(const ExpertWeights& weights, const MoEPiece& piece, const WorkItem& item);
   void gate_up_vectors(const MoEPiece& piece, const WorkItem& item, const Scratch& scratch) const;
   void gate_up_tiles(const MoEPiece& piece, const WorkItem& item, const Scratch& scratch) const;
   void down(MoEPiece& piece, int pass, int worker) const;
@@ -94,7 +95,6 @@ class MoELayer {
 
   const KernelTable& table_;
   const ThreadPool& pool_;
-  std::vector<int> shares_;  // workers near each slice
   ExpertWeights gate_, up_, down_;
   int vector_granule_;  // of intermediate rows
   int tile_min_tokens_;

@@ -21,6 +21,8 @@ struct WorkItem {
   int group;  // of the tokens
   int first_row, num_rows;
   int first_token, num_tokens;  // first_token: from the group's first slot; a multiple of kTileTokens
+  // Where the worker's next item begins in the same slice, unless another takes it; next_group -1: unknown.
+  int next_group, next_first_row;
 };
 
 // Rows of an item: a multiple of the granule of the expert's path, but the last rows of all, up to max_vector_rows or
@@ -31,21 +33,22 @@ struct ItemLimits {
   int tile_granule;
 };
 
-// One list a slice, i.e. a group of workers near the same memory. fill() is for one thread while nobody takes.
+// One list a slice, i.e. a group of workers near the same memory. Each worker begins with a run of neighbouring items
+// of about the same cost, so that it reads weights in one stream and knows what it will read next, and then takes from
+// the ends of the others' runs. fill() is for one thread while nobody takes.
 class WorkQueue {
  public:
-  explicit WorkQueue(int num_slices) : lists_(num_slices) {}
+  // workers: near each slice
+  explicit WorkQueue(const std::vector<int>& workers);
 
   void reserve(int num_groups);
 
-  // rows: of each slice; workers: near each slice. Experts with many tokens come first, and items become smaller
-  // towards the end, so that all workers end at about the same time. Allocates nothing.
-  void fill(const TokenGroups& groups, const std::vector<RowRange>& rows, const std::vector<int>& workers,
-            const ItemLimits& limits);
+  // rows: of each slice. Experts with many tokens come first. Allocates nothing.
+  void fill(const TokenGroups& groups, const std::vector<RowRange>& rows, const ItemLimits& limits);
 
-  // Any worker; `home` is the slice near it. Its own items first, then those of others: a remote read beats idling.
-  // False: none is left.
-  bool take(int home, WorkItem* item);
+  // Any worker; `home` is the slice near it, `place` its number among the workers there. Its own items first, then
+  // those of its neighbours, then of other slices: a remote read beats idling. False: none is left.
+  bool take(int home, int place, WorkItem* item);
 
  private:
   struct Part {  // the items of one expert: [chunks of rows][blocks of tokens]
@@ -54,16 +57,23 @@ class WorkQueue {
     int chunk_rows;
     int block_tokens;
     int num_blocks;
+    int64_t item_cost;
   };
-  struct alignas(64) List {
-    std::atomic<int64_t> next{0};
-    alignas(64) int64_t num_items = 0;
+  struct alignas(64) Run {
+    std::atomic<uint64_t> items{0};  // begin, end << 32
+  };
+  struct List {
+    int64_t num_items = 0;
     int num_parts = 0;
     RowRange rows;
     std::vector<Part> parts;
+    std::vector<Run> runs;  // [workers]
   };
 
-  void fill_list(List& list, const TokenGroups& groups, int num_workers, const ItemLimits& limits);
+  void fill_list(List& list, const TokenGroups& groups, const ItemLimits& limits);
+  static void share_out(List& list);
+  bool take_from(int slice, int run, bool own, WorkItem* item);
+  void describe(int slice, int64_t index, WorkItem* item) const;
 
   std::vector<List> lists_;
   const TokenGroups* groups_ = nullptr;

@@ -102,6 +102,7 @@ ThreadPool::ThreadPool(const std::vector<WorkerPlace>& places, const ParkPolicy&
                               [node = numa_node](const Group& g) { return g.numa_node == node; });
     if (group == groups_.end() && !has_thread) group = groups_.begin();
     group_of_.push_back(static_cast<int>(group - groups_.begin()));
+    place_on_node_.push_back(group == groups_.end() ? 0 : group->num_workers);
     if (group == groups_.end()) {
       groups_.push_back({numa_node, 1, 1});
       continue;
@@ -183,6 +184,12 @@ void ThreadPool::work_until_done() {
     leave_phase(phase, worker);
   }
   report_failure();
+}
+
+std::vector<int> ThreadPool::workers_on_nodes() const {
+  std::vector<int> workers;
+  for (const Group& group : groups_) workers.push_back(group.num_workers);
+  return workers;
 }
 
 void ThreadPool::adopt_calling_thread() { settle_in(num_workers() - 1); }

@@ -61,8 +61,10 @@ class ThreadPool {
   // Workers of one memory node are a group; groups are numbered in order of first appearance in places.
   int num_nodes() const { return static_cast<int>(groups_.size()); }
   int node_of(int worker) const { return group_of_[worker]; }
-  int numa_node(int group) const { return groups_[group].numa_node; }  // the system's number, or -1
+  int place_on_node(int worker) const { return place_on_node_[worker]; }  // its number among the workers there
+  int numa_node(int group) const { return groups_[group].numa_node; }     // the system's number, or -1
   int workers_on(int group) const { return groups_[group].num_workers; }
+  std::vector<int> workers_on_nodes() const;  // [num_nodes]
 
   // One line: where the workers run, and why not where they should.
   const std::string& placement_report() const { return placement_report_; }
@@ -122,8 +124,9 @@ class ThreadPool {
 
   std::vector<WorkerPlace> places_;
   std::vector<Group> groups_;
-  std::vector<int> group_of_;  // [num_workers]
-  int num_threads_;            // of ours
+  std::vector<int> group_of_;       // [num_workers]
+  std::vector<int> place_on_node_;  // [num_workers]
+  int num_threads_;                 // of ours
   int64_t spin_ns_;
   ParkPolicy park_policy_;
   int max_parked_;

@@ -50,15 +50,19 @@ TEST(every_output_once) {
     std::vector<int> workers(test::random_int(1, 3));
     for (int& count : workers) count = test::random_int(1, 9);
     const std::vector<RowRange> rows = split_rows(num_rows, slice_granule, workers);
-    WorkQueue queue(static_cast<int>(workers.size()));
+    WorkQueue queue(workers);
     queue.reserve(20);
-    queue.fill(groups, rows, workers, limits);
+    queue.fill(groups, rows, limits);
 
     std::map<int, std::vector<int>> seen;  // group -> [slot][granule of rows]
     const int granules = (num_rows + granule - 1) / granule;
     for (int g = 0; g < groups.num_groups(); ++g) seen[g].resize(groups.group(g).num_slots * granules);
     WorkItem item;
-    while (queue.take(test::random_int(0, static_cast<int>(workers.size()) - 1), &item)) {
+    const auto take_by_any = [&] {
+      const int home = test::random_int(0, static_cast<int>(workers.size()) - 1);
+      return queue.take(home, test::random_int(0, workers[home] - 1), &item);
+    };
+    while (take_by_any()) {
       const TokenGroups::Group& group = groups.group(item.group);
       const RowRange& slice = rows[item.slice];
       CHECK(item.num_rows > 0 && item.first_row >= slice.begin && item.first_row + item.num_rows <= slice.end,
@@ -83,11 +87,11 @@ TEST(every_output_once) {
 TEST(own_items_first) {
   const TokenGroups groups = random_groups(4, 1);
   const std::vector<int> workers = {2, 2};
-  WorkQueue queue(2);
+  WorkQueue queue(workers);
   queue.reserve(4);
-  queue.fill(groups, split_rows(256, 32, workers), workers, {32, 32, 32});
+  queue.fill(groups, split_rows(256, 32, workers), {32, 32, 32});
   bool helps = false;
-  for (WorkItem item; queue.take(1, &item);) {
+  for (WorkItem item; queue.take(1, 1, &item);) {
     CHECK(item.slice == 0 || !helps, "own items after those of others");
     helps = item.slice == 0;
   }
@@ -103,13 +107,47 @@ TEST(number_of_items) {
   groups.reserve(num_tokens, top_k, num_experts);
   for (int tokens : {1, 64, 4096}) {
     groups.assign(ids.data(), std::vector<float>(ids.size()).data(), tokens, top_k, num_experts, 16);
-    WorkQueue queue(1);
+    WorkQueue queue({16});
     queue.reserve(num_experts);
-    queue.fill(groups, {{0, 2048}}, {16}, {32, 32, 32});
+    queue.fill(groups, {{0, 2048}}, {32, 32, 32});
     int count = 0, last_rows = 0;
-    for (WorkItem item; queue.take(0, &item); ++count) last_rows = item.num_rows;
+    for (WorkItem item; queue.take(0, 15, &item); ++count)
+      if (item.group == groups.groups_by_size()[groups.num_groups() - 1]) last_rows = item.num_rows;
     CHECK(count >= 16 * 16 && count <= groups.num_groups() * 64, count << " items for " << tokens << " tokens");
-    CHECK(last_rows <= 64, "the last item has " << last_rows << " rows");
+    CHECK(last_rows <= 64, "an item of the last expert has " << last_rows << " rows");
+  }
+}
+
+// What a worker is told of its next item is so while nobody helps, and the runs of all workers are worth about the
+// same.
+TEST(runs) {
+  for (int round = 0; round < 50; ++round) {
+    const int num_workers = test::random_int(1, 16);
+    const TokenGroups groups = random_groups(test::random_int(1, 20), test::random_int(1, 100));
+    WorkQueue queue({num_workers});
+    queue.reserve(20);
+    queue.fill(groups, {{0, 2048}}, {32, 64, 32});
+    int64_t total = 0, largest = 0;
+    std::vector<int64_t> costs(num_workers);
+    for (int place = 0; place < num_workers; ++place) {
+      WorkItem item, before{};
+      bool more = false;
+      do {
+        if (!queue.take(0, place, &item)) break;  // fewer items than workers
+        CHECK(!more || (item.group == before.next_group && item.first_row == before.next_first_row),
+              "row " << item.first_row << " of group " << item.group << ", told row " << before.next_first_row << " of "
+                     << before.next_group);
+        const int64_t cost = int64_t{item.num_rows} * (item.num_tokens + 4);
+        costs[place] += cost;
+        total += cost;
+        largest = std::max(largest, cost);
+        before = item;
+        more = item.next_group >= 0;
+      } while (more);
+    }
+    for (int64_t cost : costs)
+      CHECK(cost <= total / num_workers + 2 * largest,
+            "a run of " << cost << " of " << total << " for " << num_workers);
   }
 }
 

@@ -200,6 +200,9 @@ PYBIND11_MODULE(_native, m) {
            })
       .def(
           "cancel_loading", [](const Executor& self) { self.get().cancel_loading(); }, Unlocked())
+      .def(
+          "choose_prefetch", [](const Executor& self, int top_k) { return self.get().choose_prefetch(top_k); },
+          "top_k"_a, Unlocked())
       // Keeps the GIL: it does not block, and to get the GIL back can take a whole switch interval (5 ms).
       .def("submit", &Executor::submit, "layer"_a, "hidden_states"_a, "topk_ids"_a, "topk_weights"_a, "output"_a,
            "float_type"_a, "num_tokens"_a, "top_k"_a)

@@ -59,6 +59,8 @@ class Executor:
     def load_progress(self) -> tuple[int, int, bool]:
         """(bytes_done, bytes_total, finished); raises what a reader met."""
     def cancel_loading(self) -> None: ...
+    def choose_prefetch(self, top_k: int) -> str:
+        """Times single tokens with each way of prefetching weights, keeps the faster one, and says which."""
     def submit(
         self,
         layer: int,

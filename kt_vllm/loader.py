@@ -80,6 +80,8 @@ class KTModelLoader(BaseModelLoader):
                 loaded |= _load_device_experts(model, config, plan, bar)
                 if executor is not None:
                     _finish_experts(executor, bar)
+                    top_k = max(_top_k(config, method) for method in methods)
+                    logger.info("kt_vllm: %s", executor.native.choose_prefetch(top_k))
             _connect(config, vllm_config, methods, executor)
         except BaseException:
             if executor is not None:
@@ -119,6 +121,10 @@ def _set_top_k(model: nn.Module, config: KTConfig) -> None:
         top_k = config.placement(extract_layer_index(runner.layer_name)).top_k
         if top_k is not None:
             set_router_top_k(runner, top_k)
+
+
+def _top_k(config: KTConfig, method: KTMoEMethod) -> int:
+    return config.placement(extract_layer_index(method.layer_name)).top_k or method.moe.experts_per_token
 
 
 def _load_device_experts(model: nn.Module, config: KTConfig, plan: CheckpointPlan, bar: tqdm) -> set[str]:
@@ -183,7 +189,7 @@ def _connect(
         for method in methods:
             method.handle = ZeroHandle()
         return
-    top_ks = [config.placement(extract_layer_index(m.layer_name)).top_k or m.moe.experts_per_token for m in methods]
+    top_ks = [_top_k(config, method) for method in methods]
     numbers = [m.handle.index if isinstance(m.handle, LayerHandle) else 0 for m in methods]
     handover = Handover(
         executor,

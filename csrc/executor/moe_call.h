@@ -28,6 +28,8 @@ class MoECall final : public ThreadPool::Job {
   void run(int phase, int worker) override { layer_->run_phase(phase, piece_, worker); }
   int next_phase(int phase) override;
 
+  void set_prefetch(Prefetch prefetch) { piece_.prefetch = prefetch; }
+
   // What this and every smaller call of the layer takes.
   size_t workspace_bytes(const MoELayer& layer, int top_k) const;
   uint64_t num_invalid_ids() const { return num_invalid_ids_.load(std::memory_order_relaxed); }

@@ -9,6 +9,7 @@
 #include "executor/memory_report.h"
 #include "executor/moe_call.h"
 #include "executor/moe_layer.h"
+#include "executor/prefetch_trial.h"
 #include "kernels/cpu_features.h"
 #include "kernels/dispatch.h"
 #include "numa/thread_pool.h"
@@ -137,6 +138,26 @@ void MoEExecutor::cancel_loading() {
   my.loader->cancel();
   my.pool->wait();
   my.settle_loading();
+}
+
+std::string MoEExecutor::choose_prefetch(int top_k) {
+  Impl& my = *impl_;
+  check_top_k(top_k);
+  std::vector<TrialLayer> layers;
+  size_t bytes = 0;
+  for (const MoELayer& layer : my.layers) {
+    layers.push_back({layer.hidden_size(), layer.num_experts()});
+    for (const ExpertWeights* weights : {&layer.gate(), &layer.up(), &layer.down()})
+      bytes += weights->row_bytes() * weights->num_rows() * layer.num_experts();
+  }
+  if (bytes < kLeastTrialBytes) return "weights are prefetched far ahead: there are too few to time it";
+  SingleTokens calls(*this, layers, top_k);
+  const PrefetchChoice choice = faster_prefetch([&](Prefetch way) {
+    my.call.set_prefetch(way);
+    return calls.seconds();
+  });
+  my.call.set_prefetch(choice.prefetch);
+  return choice.reason;
 }
 
 void MoEExecutor::submit(int layer, const MoEForwardParams& params) {

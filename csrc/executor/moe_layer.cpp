@@ -239,10 +239,11 @@ void MoELayer::gate_up_vectors(const MoEPiece& piece, const WorkItem& item, cons
     const int first_slot = group.first_slot + item.first_token + done;
     const int32_t* tokens = piece.groups.slot_tokens() + first_slot;
     const uint8_t* next_rows = up_.panel(item.slice, group.expert, item.first_row);
-    multiply_vectors(gate_, item, group.expert, {inputs[0], tokens, num_tokens, next_rows}, scratch.gate,
+    multiply_vectors(gate_, item, group.expert, {inputs[0], tokens, num_tokens, next_rows, piece.prefetch},
+                     scratch.gate, item.num_rows);
+    multiply_vectors(up_, item, group.expert,
+                     {inputs[1], tokens, num_tokens, next_panel(gate_, piece, item), piece.prefetch}, scratch.up,
                      item.num_rows);
-    multiply_vectors(up_, item, group.expert, {inputs[1], tokens, num_tokens, next_panel(gate_, piece, item)},
-                     scratch.up, item.num_rows);
     for (int t = 0; t < num_tokens; ++t) {
       float* row = scratch.gate + t * item.num_rows;
       table_.silu_mul(row, scratch.up + t * item.num_rows, row, item.num_rows);
@@ -289,7 +290,8 @@ void MoELayer::down_vectors(const MoEPiece& piece, const WorkItem& item, float* 
   for (int done = 0; done < item.num_tokens; done += kVectorTokens) {
     const int num_tokens = std::min(kVectorTokens, item.num_tokens - done);
     const uint8_t* input = piece.workspace->intermediate() + (group.first_slot + item.first_token + done) * row_bytes;
-    multiply_vectors(down_, item, group.expert, {input, nullptr, num_tokens, next_panel(down_, piece, item)},
+    multiply_vectors(down_, item, group.expert,
+                     {input, nullptr, num_tokens, next_panel(down_, piece, item), piece.prefetch},
                      output + static_cast<size_t>(done) * piece.passes.stride(), piece.passes.stride());
   }
 }

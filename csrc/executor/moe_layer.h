@@ -26,6 +26,7 @@ struct MoEPiece {
   uint8_t* output = nullptr;               // [num_tokens, hidden_size] of float_type
   FloatType float_type{};
   int num_tokens = 0;
+  Prefetch prefetch = Prefetch::kFar;
 
   // Of the phase that is running; set by MoELayer::begin_phase().
   DownPasses passes;

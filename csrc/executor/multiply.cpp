@@ -26,7 +26,8 @@ void multiply_vectors(const ExpertWeights& weights, const WorkItem& item, int ex
                           .num_rows = item.num_rows,
                           .num_tokens = input.num_tokens,
                           .k = weights.k(),
-                          .next_weights = input.next_weights});
+                          .next_weights = input.next_weights,
+                          .prefetch = input.prefetch});
 }
 
 void multiply_tiles(std::initializer_list<TileProduct> products, const WorkItem& item, int expert,

@@ -14,10 +14,11 @@ namespace kt {
 inline constexpr int kVectorTokens = 64;
 
 struct VectorInput {
-  const uint8_t* rows;                    // activation rows of the type's format
-  const int32_t* token_rows;              // [num_tokens] as in GemmParams
-  int num_tokens;                         // at most kVectorTokens
-  const uint8_t* next_weights = nullptr;  // as in GemmParams
+  const uint8_t* rows;          // activation rows of the type's format
+  const int32_t* token_rows;    // [num_tokens] as in GemmParams
+  int num_tokens;               // at most kVectorTokens
+  const uint8_t* next_weights;  // as in GemmParams
+  Prefetch prefetch;
 };
 
 // The item's rows of one expert. output: [num_tokens, stride]

@@ -20,6 +20,13 @@ enum class ActivationFormat : int32_t {
 };
 inline constexpr int kNumActivationFormats = 2;
 
+// How a vector kernel asks for weights before it needs them. Which is faster depends on the processor, by up to a fifth
+// both ways, so the executor measures it.
+enum class Prefetch : uint8_t {
+  kFar,  // 16 KiB ahead, into the second level cache
+  kNear  // what is unpacked next, into the first level
+};
+
 // The vector kernels: any number of tokens, best for few.
 struct GemmParams {
   const uint8_t* weights;      // panels of TypeKernels::panel_rows rows, see kernels/panel.h
@@ -33,6 +40,7 @@ struct GemmParams {
   int num_tokens;
   int k;                                  // multiple of the type's block size
   const uint8_t* next_weights = nullptr;  // what the caller will read next, for prefetching; nullptr: unknown
+  Prefetch prefetch = Prefetch::kFar;
 };
 
 inline constexpr int kTileTokens = 16;   // tokens of a group

@@ -139,6 +139,7 @@ class LoadedLayer:
                 progress(done, total)
             seconds = time.perf_counter() - start
             self.load = LoadResult(total, seconds, huge_page_bytes() - huge_before)
+            self.prefetch = self.executor.choose_prefetch(bench.top_k)
         except BaseException:
             self.close()
             raise

@@ -33,6 +33,7 @@ def machine_json(bench: LayerBench, layer: LoadedLayer, read_rate: float) -> dic
         "numa": bench.numa,
         "placement": executor.placement_report,
         "memory": executor.memory_report,
+        "prefetch": layer.prefetch,
         "neighbour": bench.neighbour,
         "layer": {
             "hidden": bench.hidden_size,
@@ -101,6 +102,7 @@ def print_header(console: Console, report: dict[str, Any]) -> None:
         ("peaks, TOPS", f"{peaks} (the better of before and after)" if peaks else "none measured"),
         ("load", f"{loading} {load['page_cache_gb_per_s']:.1f} GB/s"),
         ("memory", report["memory"]),
+        ("prefetch", report["prefetch"]),
     ]
     pairs = [(before["dram"], after["dram"])]
     if kind := limits["int8_kind"]:

@@ -245,6 +245,7 @@ inline std::vector<float> run_gemm(const TypeKernels& kernels, const Weights& w,
   params.activations = a.rows;
   params.activation_row_bytes = a.row_bytes;
   params.token_rows = token_rows;
+  params.prefetch = random_int(0, 1) == 0 ? Prefetch::kFar : Prefetch::kNear;
   params.output = output.data();
   params.output_stride = static_cast<size_t>(stride);
   params.num_rows = row_end - row_begin;

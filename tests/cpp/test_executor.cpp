@@ -11,6 +11,7 @@
 #include "check.h"
 #include "executor/layer_check.h"
 #include "executor/moe_executor.h"
+#include "executor/prefetch_trial.h"
 #include "gguf/dequantize.h"
 #include "gguf/float_bits.h"
 #include "kernels/cpu_features.h"
@@ -293,6 +294,23 @@ TEST(storm) {
     }
     CHECK(error_of(layer, call) < 1e-5, "wrong after many calls");
   }
+}
+
+TEST(prefetch_is_chosen_by_time) {
+  for (const double near : {0.5, 0.99, 1.5}) {
+    int calls = 0;
+    const PrefetchChoice choice = faster_prefetch([&](Prefetch way) {
+      if (++calls <= 6 || calls % 7 == 0) return 9.0;  // others use the machine too
+      return way == Prefetch::kNear ? near : 1.0;
+    });
+    CHECK((choice.prefetch == Prefetch::kNear) == (near == 0.5), near << ": " << choice.reason);
+  }
+  Layer layer(GgmlType::F32, 5, 64, 64);
+  const auto executor = make_executor({&layer, &layer}, 2, 4);
+  CHECK(executor->choose_prefetch(2).find("too few") != std::string::npos, "a layer that fits caches was timed");
+  SingleTokens calls(*executor, {{64, 5}, {64, 5}}, 2);
+  for (int i = 0; i < 20; ++i) CHECK(calls.seconds() > 0, "no time");
+  CHECK(executor->num_invalid_ids() == 0, "experts that do not exist");
 }
 
 TEST(destroyed_in_flight) {

@@ -63,6 +63,7 @@ def test_the_table_names_what_was_measured(report: dict) -> None:
         report["isa_reason"],
         report["placement"],
         report["memory"],
+        report["prefetch"],
         "DRAM read",
         "x roof",
         "huge pages",

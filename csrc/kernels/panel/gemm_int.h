@@ -14,9 +14,9 @@ namespace {
 constexpr int kGroupK = 32;  // an activation block
 constexpr int kMaxTokens =
     64;  // tokens that share one unpacking; their sums, 4 KiB a panel, stay in the first level cache
-// How far ahead weights are asked for, into the second level cache. 16 threads, one token, from DRAM, in one run:
-// against this, 2048 to 8192 into the first level ran at 0.85 to 0.95, 8192 and 32768 into the second at 0.97 and 0.94,
-// none at 0.7.
+// Prefetch::kFar. 16 threads of an Emerald Rapids, one token, from DRAM, in one run: against this, 2048 to 8192 into
+// the first level ran at 0.85 to 0.95, 8192 and 32768 into the second at 0.97 and 0.94, none at 0.7. Where two threads
+// have twice the bandwidth each, kNear runs at 1.1 to 1.2.
 constexpr size_t kFarPrefetchBytes = 16384;
 
 using Sums = float[kMaxTokens][kPanelRows];
@@ -30,17 +30,21 @@ inline void unpack_chunk(const uint8_t* panel_blocks, int num_k, Codes& codes) {
 // Asks for the weights of group g of the chunk at `ahead`: a few lines between the computations of each group, as more
 // than the processor has buffers for would hold it up.
 template <class Unpack>
-inline void prefetch_group(const uint8_t* ahead, int g) {
+inline void prefetch_group(const uint8_t* ahead, int g, Prefetch prefetch) {
   constexpr size_t kGroupBytes = size_t{kPanelRows} * Unpack::kBlockBytes * kGroupK / Unpack::kBlock;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(ahead) + g * kGroupBytes;  // may lie past the end of the tensor
-  for (size_t i = 0; i < kGroupBytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(begin + i), _MM_HINT_T1);
+  if (prefetch == Prefetch::kNear)
+    for (size_t i = 0; i < kGroupBytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(begin + i), _MM_HINT_T0);
+  else
+    for (size_t i = 0; i < kGroupBytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(begin + i), _MM_HINT_T1);
 }
 
-// Where the weights stand that are used kFarPrefetchBytes after those at `offset` of panel `panel` of the kPanels from
-// row `row` on: in the same panel, in the next ones of the call, or in what is read after it; nullptr: nowhere known.
-template <int kPanels>
-inline const uint8_t* far_ahead(const GemmParams& p, int row, int panel, size_t offset) {
-  const size_t ahead = offset + kFarPrefetchBytes;
+// Where the weights stand that are to be asked for with those at `offset` of panel `panel` of the kPanels from row
+// `row` on: in the same panel, in the next ones of the call, or in what is read after it; nullptr: nowhere known.
+template <class Unpack, int kPanels>
+inline const uint8_t* weights_ahead(const GemmParams& p, int row, int panel, size_t offset) {
+  constexpr size_t kChunkBytes = size_t{kPanelRows} * Unpack::kBlockBytes * kMaxCodesK / Unpack::kBlock;
+  const size_t ahead = offset + (p.prefetch == Prefetch::kNear ? kChunkBytes : kFarPrefetchBytes);
   const uint8_t* base = p.weights + static_cast<size_t>(row / kPanelRows + panel) * p.panel_bytes;
   if (ahead < p.panel_bytes) return base + ahead;
   if (row + (kPanels + panel) * kPanelRows < p.num_rows) return base + (kPanels - 1) * p.panel_bytes + ahead;
@@ -60,6 +64,7 @@ struct Tile {
   Sums* sums;                           // of each panel
   int token;                            // the first one's place in sums
   const uint8_t* ahead[kPanelsAtOnce];  // of each panel, to prefetch; nullptr: nothing, or others did
+  Prefetch prefetch;
 };
 
 inline const uint8_t* codes_at(const Codes* codes, int quad, int v) {
@@ -144,7 +149,7 @@ inline void add_chunk(const Tile& tile) {
   constexpr int kParts = 32 / Unpack::kGroup;
   for (int g = 0; g < tile.num_groups; ++g) {
     for (int panel = 0; panel < kVectors / kHalves; ++panel)
-      if (tile.ahead[panel] != nullptr) prefetch_group<Unpack>(tile.ahead[panel], g);
+      if (tile.ahead[panel] != nullptr) prefetch_group<Unpack>(tile.ahead[panel], g, tile.prefetch);
     for (int part = 0; part < kParts; ++part) {
       const int8_t* q[T];
       Ints start[T], products[T][kVectors];
@@ -209,8 +214,9 @@ inline void multiply_panels(const GemmParams& p, int row, int first, int num_tok
     const size_t offset = static_cast<size_t>(k / Unpack::kBlock) * kPanelRows * Unpack::kBlockBytes;
     for (int panel = 0; panel < kPanels; ++panel)
       unpack_chunk<Unpack>(panels + panel * p.panel_bytes + offset, num_k, codes[panel]);
-    Tile tile{codes, num_groups, x, sums, 0, {}};
-    for (int panel = 0; panel < kPanels; ++panel) tile.ahead[panel] = far_ahead<kPanels>(p, row, panel, offset);
+    Tile tile{codes, num_groups, x, sums, 0, {}, p.prefetch};
+    for (int panel = 0; panel < kPanels; ++panel)
+      tile.ahead[panel] = weights_ahead<Unpack, kPanels>(p, row, panel, offset);
     for (; tile.token + kTokenTile <= num_tokens; tile.token += kTokenTile, tile.x += kTokenTile) {
       add_chunk<Unpack, kTokenTile, kPanels * kHalves>(tile);
       for (const uint8_t*& ahead : tile.ahead) ahead = nullptr;

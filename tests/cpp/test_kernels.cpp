@@ -183,7 +183,7 @@ void check_tile_gemm(const KernelTable& table, const TypeKernels& kernels, int n
     params.k_end = end;
     kernels.tile_gemm(params);
   }
-  double error_square = 0, square = 0;
+  double error_square = 0, square = 0, fourth = 0;
   for (int t = 0; t < num_tokens; ++t)
     for (int r = 0; r < stride; ++r) {
       const float got = output[static_cast<size_t>(t) * stride + r];
@@ -199,9 +199,11 @@ void check_tile_gemm(const KernelTable& table, const TypeKernels& kernels, int n
       }
       error_square += (got - want) * (got - want);
       square += magnitude;  // of a typical result: a single one may be near 0 by chance
+      fourth += magnitude * magnitude;
     }
   const double error = std::sqrt(error_square / square);
-  const double few = 1 + 3 / std::sqrt(static_cast<double>(num_rows) * num_tokens);  // the spread of few samples
+  // The spread of few samples, which are fewer yet where some rows are larger than others.
+  const double few = 1 + 3 / std::sqrt(square * square / fourth);
   const double limit = few * kTileError;
   CHECK(error < limit, table_name(table) << " " << ggml_type_info(kernels.type).name << " tiles, rows " << num_rows
                                          << " tokens " << num_tokens << " k " << k << ": relative error " << error);

@@ -80,8 +80,9 @@ class KTModelLoader(BaseModelLoader):
                 loaded |= _load_device_experts(model, config, plan, bar)
                 if executor is not None:
                     _finish_experts(executor, bar)
-                    top_k = max(_top_k(config, method) for method in methods)
-                    logger.info("kt_vllm: %s", executor.native.choose_prefetch(top_k))
+            if executor is not None:
+                top_k = max(_top_k(config, method) for method in methods)
+                logger.info("kt_vllm: %s", executor.native.choose_prefetch(top_k))
             _connect(config, vllm_config, methods, executor)
         except BaseException:
             if executor is not None:

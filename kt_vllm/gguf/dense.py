@@ -1,10 +1,7 @@
 """Dense tensors: from quantised bytes in a file to torch, in bounded memory. torch is imported on first use."""
 
-import math
-import mmap
 import os
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from io import FileIO
 from typing import TYPE_CHECKING
 
@@ -41,12 +38,22 @@ def read_dense(tensor: GGUFTensor, dtype: "torch.dtype | None" = None) -> "torch
     dtype: float32 (None too), float16 or bfloat16. On the CPU. Needs the result and, for each thread, the bytes of 2^18
     weights. Raises GGUFError when the file is no longer as it was.
     """
+    values = empty_dense(tensor, dtype)
+    fill_dense(tensor, values)
+    return values
+
+
+def empty_dense(tensor: GGUFTensor, dtype: "torch.dtype | None" = None) -> "torch.Tensor":
+    """For fill_dense(): uninitialised."""
     import torch
 
-    values = _new(tensor.shape, dtype or torch.float32)
+    return torch.empty(tensor.shape, dtype=dtype or torch.float32, device="cpu")  # whatever the default is
+
+
+def fill_dense(tensor: GGUFTensor, values: "torch.Tensor") -> None:
+    """read_dense() to memory that is there."""
     if tensor.type not in _NATIVE_TYPES:
-        _read_with_gguf(tensor, values)
-        return values
+        return _read_with_gguf(tensor, values)
     try:
         _native.read_dense(
             path=tensor.path,
@@ -60,21 +67,6 @@ def read_dense(tensor: GGUFTensor, dtype: "torch.dtype | None" = None) -> "torch
         )
     except _native.NativeError as error:
         raise GGUFError(str(error)) from None
-    return values
-
-
-def _new(shape: tuple[int, ...], dtype: "torch.dtype") -> "torch.Tensor":
-    """Uninitialised, on the CPU. Its memory is a mapping of its own: malloc keeps what one thread made and another
-    freed, up to 60 MB with vLLM's CPU platform."""
-    import torch
-
-    size = math.prod(shape) * dtype.itemsize
-    if size == 0:
-        return torch.empty(shape, dtype=dtype, device="cpu")  # whatever the default is
-    memory = mmap.mmap(-1, size)
-    with suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def _read_with_gguf(tensor: GGUFTensor, values: "torch.Tensor") -> None:

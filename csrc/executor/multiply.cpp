@@ -37,6 +37,8 @@ void multiply_tiles(std::initializer_list<TileProduct> products, const WorkItem&
   for (const TileProduct& product : products) granule = std::lcm(granule, product.weights->block_size());
   const int part = std::max(granule, kTilePartK / granule * granule);
   for (int begin = 0; begin < k; begin += part) {
+    const int end = std::min(begin + part, k);
+    int ahead = std::min(end + part, k);  // by the first of the products, for all
     for (const TileProduct& product : products) {
       const ExpertWeights& weights = *product.weights;
       weights.kernels().tile_gemm({.weights = weights.panel(item.slice, expert, item.first_row),
@@ -50,7 +52,9 @@ void multiply_tiles(std::initializer_list<TileProduct> products, const WorkItem&
                                    .num_tokens = item.num_tokens,
                                    .k = k,
                                    .k_begin = begin,
-                                   .k_end = std::min(begin + part, k)});
+                                   .k_end = end,
+                                   .k_ahead = ahead});
+      ahead = 0;
     }
   }
 }

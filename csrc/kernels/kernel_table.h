@@ -61,6 +61,7 @@ struct TileGemmParams {
   int k;           // of a whole row; a multiple of kTileGranule and of the type's block size
   int k_begin;     // this call computes [k_begin, k_end): multiples of kTileGranule and of the type's block size
   int k_end;
+  int k_ahead = 0;  // and asks for the activations of [k_end, k_ahead), which are wanted soon, if that is anything
 };
 
 // The kernels for weights of one GGML type.

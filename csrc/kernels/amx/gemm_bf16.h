@@ -40,12 +40,12 @@ inline Ahead weights_ahead(const TileGemmParams& p, int row, int k) {
   return {{panel, row + kPanelRows < p.num_rows ? panel + p.panel_bytes : nullptr}, Maker::kChunkBytes / kSteps};
 }
 
-// Bytes of a group's activations that are read after k_end, to be asked for in each step of a chunk: by the last chunk
-// all that a call of this size reads.
+// Bytes of a group's activations that are to be asked for in each step of a chunk: all up to k_ahead by the last chunk.
 inline size_t activations_ahead_of_step(const TileGemmParams& p) {
-  const int next_k = p.k - p.k_end < p.k_end - p.k_begin ? p.k - p.k_end : p.k_end - p.k_begin;
+  if (p.k_ahead <= p.k_end) return 0;
   const int chunks = (p.num_rows + kRows - 1) / kRows * ((p.k_end - p.k_begin + kMaxCodesK - 1) / kMaxCodesK);
-  const size_t bytes = static_cast<size_t>(next_k / kStepK) * kTileBytes, steps = static_cast<size_t>(chunks) * kSteps;
+  const size_t bytes = static_cast<size_t>((p.k_ahead - p.k_end) / kStepK) * kTileBytes,
+               steps = static_cast<size_t>(chunks) * kSteps;
   return (bytes / steps + 63) / 64 * 64;
 }
 

@@ -33,6 +33,8 @@ SAMPLE_SECONDS = 10
 # Growth of all processes together from the end of the warm-up: allocators of a running server breathe, leaks go on.
 MAX_HOST_GROWTH = 256 << 20
 MAX_DEVICE_GROWTH = 256 << 20
+# All that is used on a device, also by others; and the part of the worker's allocator.
+DEVICE_KINDS = ("device", "allocator")
 WARM_UP_SHARE = 0.25
 ABORTED_SHARE = 0.2
 # From the watchdog's sentence to the end of every process.
@@ -198,6 +200,7 @@ async def load(server: Server, session: aiohttp.ClientSession, args: argparse.Na
                     **server.host_memory(),
                     # All workers of a device see the same figure.
                     "device": max(w["device"] for w in workers),
+                    "allocator": max(w["allocator"] for w in workers),
                 }
             )
 
@@ -258,10 +261,11 @@ async def soak(args: argparse.Namespace, flags: list[str]) -> tuple[dict[str, An
                 lost = await lose_coordinator(server, session, args.watchdog)
     finally:
         server.kill()
-    grown = {key: growth(figures, key) for key in ("rss", "device", "threads")} if figures.samples else {}
-    for key, what, limit in (("rss", "host", MAX_HOST_GROWTH), ("device", "device", MAX_DEVICE_GROWTH)):
+    grown = {key: growth(figures, key) for key in ("rss", *DEVICE_KINDS, "threads")} if figures.samples else {}
+    limits = {"rss": MAX_HOST_GROWTH} | dict.fromkeys(DEVICE_KINDS, MAX_DEVICE_GROWTH)
+    for key, limit in limits.items():
         if grown.get(key, 0) > limit:
-            problems.append(f"{what} memory grew by {grown[key] / 2**20:.0f} MiB, more than {limit >> 20} MiB")
+            problems.append(f"{key} memory grew by {grown[key] / 2**20:.0f} MiB, more than {limit >> 20} MiB")
     if grown.get("threads", 0) > 0:
         problems.append(f"{grown['threads']:.0f} threads more than after the warm-up")
     if len(figures.samples) < 4:

@@ -3,15 +3,19 @@
 vLLM builds a linear layer through its quantisation config, so ours, DenseQuantConfig, hands out a method for each
 layer. Both methods are vLLM's online ones: the weight stands on "meta" until all its parts have come from the GGUF, in
 the model's type and in host memory; then it goes to the device, is quantised, and only the result stays there.
+
+Weights alone are quantised, never activations: Marlin multiplies both kinds with activations in the model's type.
 """
 
 from typing import Any
 
 import torch
 from vllm.config import get_current_vllm_config
+from vllm.model_executor.kernels.linear import init_fp8_linear_kernel
 from vllm.model_executor.kernels.linear.mixed_precision.cpu import CPUWNA16LinearKernel
 from vllm.model_executor.kernels.linear.mixed_precision.marlin import MarlinLinearKernel
 from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import MPLinearKernel, MPLinearLayerConfig
+from vllm.model_executor.kernels.linear.scaled_mm import MarlinFP8ScaledMMLinearKernel
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.quantization.online.fp8 import Fp8PerBlockOnlineLinearMethod, OnlineLinearBase
@@ -81,7 +85,7 @@ class DenseQuantConfig(QuantizationConfig):
         self._built[quant] = self._built.get(quant, 0) + 1
         methods: dict[str, type[LinearMethodBase]] = {
             "bf16": UnquantizedLinearMethod,
-            "fp8": Fp8PerBlockOnlineLinearMethod,
+            "fp8": Fp8OnlineLinearMethod,
             "int4": Int4OnlineLinearMethod,
         }
         return methods[quant]()
@@ -109,6 +113,48 @@ class DenseQuantConfig(QuantizationConfig):
         for (quant, reason), names in self._not_as_asked.items():
             lines.append(f"{len(names)} of them are in {quant}, as {reason}: {', '.join(names[:4])}.")
         return lines
+
+
+class Fp8OnlineLinearMethod(Fp8PerBlockOnlineLinearMethod):
+    """vLLM's quantisation in blocks of 128 x 128, and Marlin for the product.
+
+    Marlin, and not what vLLM would choose on Hopper: DeepGEMM rounds activations to fp8 as well, and compiles a kernel
+    for each shape with nvcc when the engine starts, for minutes. A step of few tokens reads as many bytes either way.
+    vLLM warns that Marlin is for GPUs without fp8; it runs on those too.
+    """
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        # Not the parent's own, which would choose the kernel.
+        OnlineLinearBase.create_weights(
+            self,
+            layer,
+            input_size_per_partition,
+            output_partition_sizes,
+            input_size,
+            output_size,
+            params_dtype,
+            **extra_weight_attrs,
+        )
+        layer.weight_block_size = self.weight_block_size
+        self.fp8_linear = init_fp8_linear_kernel(
+            activation_quant_key=self.activation_quant_key,
+            weight_quant_key=self.weight_quant_key,
+            weight_shape=(sum(output_partition_sizes), input_size_per_partition),
+            input_dtype=self.input_dtype,
+            out_dtype=self.out_dtype,
+            force_kernel=MarlinFP8ScaledMMLinearKernel,
+        )
+        if not isinstance(self.fp8_linear, MarlinFP8ScaledMMLinearKernel):
+            raise ConfigError("vLLM's Marlin cannot compute fp8 weights on this GPU; give --kt-gpu-quant bf16 or int4.")
 
 
 class Int4OnlineLinearMethod(OnlineLinearBase):

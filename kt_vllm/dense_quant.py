@@ -15,7 +15,8 @@ QUANTS = ("bf16", "fp8", "int4")
 # Scale and zero point for so many weights of a row: 4.31 bits a weight. 32 would be more exact and take 4.63, with
 # which DeepSeek-R1's dense weights, embedding and head miss 14.5 GB; 128 saves 0.3 GB and has 13 % more error.
 INT4_GROUP = 64
-# float8_e4m3 with a float32 scale for each block of so many rows and columns: DeepSeek's own, and vLLM's fp8_per_block.
+# float8_e4m3 with a scale for each block of so many rows and columns: DeepSeek's own, and vLLM's fp8_per_block. Marlin
+# keeps it for each row, in two bytes.
 FP8_BLOCK = 128
 # Rows that the kernels compute at once; vLLM would pad.
 _ROWS = 64
@@ -50,7 +51,7 @@ def fitting(quant: str, rows: int, cols: int, served: Sequence[str] = QUANTS) ->
 def weight_bytes(quant: str, rows: int, cols: int, itemsize: int) -> int:
     """Of a weight [rows, cols] with its scales; itemsize: bytes a weight in the model's own type."""
     if quant == "fp8":
-        return rows * cols + 4 * ceil(rows / FP8_BLOCK) * ceil(cols / FP8_BLOCK)
+        return rows * cols + 2 * rows * ceil(cols / FP8_BLOCK)
     if quant == "int4":
         num_groups = rows * cols // INT4_GROUP
         return rows * cols // 2 + 2 * num_groups + num_groups // 2

@@ -118,8 +118,8 @@ class DenseQuantConfig(QuantizationConfig):
 class Fp8OnlineLinearMethod(Fp8PerBlockOnlineLinearMethod):
     """vLLM's quantisation in blocks of 128 x 128, and Marlin for the product.
 
-    Marlin, and not what vLLM would choose on Hopper: DeepGEMM rounds activations to fp8 as well, and compiles a kernel
-    for each shape with nvcc when the engine starts, for minutes. A step of few tokens reads as many bytes either way.
+    Marlin, and not what vLLM would choose on Hopper: DeepGEMM rounds activations to fp8 as well, and compiles its
+    kernels where the engine starts. A step of few tokens reads as many bytes either way.
     vLLM warns that Marlin is for GPUs without fp8; it runs on those too.
     """
 

@@ -27,7 +27,6 @@ constexpr int kIntermediateGranule = 32;
 // Of the rows of gate and up while tiles compute them: an odd number of cache lines, see DownPasses.
 constexpr int kTileStride = kMaxItemRows + static_cast<int>(kCacheLine / sizeof(float));
 
-constexpr int kTileMultiple = 32;  // K of every tile kernel is one
 constexpr int kNever = std::numeric_limits<int>::max();
 
 // The same for merging, where top_k rows are read for each output.
@@ -67,12 +66,23 @@ int vector_granule(const MoELayerSpec& spec, const KernelTable& table) {
   return granule;
 }
 
+// What tiles of tokens are for gate and up: 8 bits where both have kernels for it. What rounding to them loses is about
+// what the vector kernels lose. The products of gate and up, whose largest are further from the rest, would lose twice
+// as much: down's tiles are always bfloat16.
+TileFormat input_tile_format(const MoELayerSpec& spec, const KernelTable& table) {
+  const auto has_int8 = [&](const ExpertTensor& tensor) {
+    return has_tile_gemm(*find_type_kernels(table, tensor.type), TileFormat::INT8_256);
+  };
+  return has_int8(spec.gate) && has_int8(spec.up) ? TileFormat::INT8_256 : TileFormat::BF16;
+}
+
 // Tokens from which all three matrices are faster by their tile kernels.
 int tile_min_tokens(const MoELayerSpec& spec, const KernelTable& table) {
   int tokens = 1;
   for (const ExpertTensor* tensor : {&spec.gate, &spec.up, &spec.down}) {
     const TypeKernels& kernels = *find_type_kernels(table, tensor->type);
-    if (kernels.tile_gemm == nullptr || table.store_tile_row == nullptr || tensor->num_cols % kTileMultiple != 0)
+    const TileFormat format = tensor == &spec.down ? TileFormat::BF16 : input_tile_format(spec, table);
+    if (!has_tile_gemm(kernels, format) || table.store_tile_row == nullptr || tensor->num_cols % kTileK != 0)
       return kNever;
     tokens = std::max(tokens, kernels.tile_min_tokens);
   }
@@ -82,7 +92,7 @@ int tile_min_tokens(const MoELayerSpec& spec, const KernelTable& table) {
 // Slices of intermediate rows are cut where items of both paths may begin.
 int slice_granule(const MoELayerSpec& spec, const KernelTable& table) {
   const int granule = vector_granule(spec, table);
-  return tile_min_tokens(spec, table) == kNever ? granule : std::lcm(granule, kTileGranule);
+  return tile_min_tokens(spec, table) == kNever ? granule : std::lcm(granule, tile_granule(TileFormat::BF16));
 }
 
 }  // namespace
@@ -110,14 +120,16 @@ MoELayer::MoELayer(const MoELayerSpec& spec, const KernelTable& table, const Thr
       up_(spec.up, table, slice_granule(spec, table), pool.workers_on_nodes()),
       down_(spec.down, table, kHiddenGranule, pool.workers_on_nodes()),
       vector_granule_(vector_granule(spec, table)),
+      input_tile_format_(input_tile_format(spec, table)),
       tile_min_tokens_(kt::tile_min_tokens(spec, table)) {}
 
 bool MoELayer::has_tiles() const { return tile_min_tokens_ != kNever; }
 
 // Activations [begin, begin + n) of k of a token, which is `row` in the tiles.
-void MoELayer::store_tiles(const float* x, int begin, int n, int k, int64_t row, uint8_t* tiles) const {
-  table_.store_tile_row(x, begin, n, static_cast<int>(row % kTileTokens),
-                        tiles + row / kTileTokens * table_.tile_group_bytes(k));
+void MoELayer::store_tiles(TileFormat format, const float* x, int begin, int n, int k, int64_t row,
+                           uint8_t* tiles) const {
+  table_.store_tile_row(format, x, begin, n, k, static_cast<int>(row % kTileTokens),
+                        tiles + row / kTileTokens * table_.tile_group_bytes(format, k));
 }
 
 void MoELayer::prepare_loading(ExpertLoader& loader) {
@@ -133,8 +145,8 @@ WorkspaceSize MoELayer::workspace_size(int max_num_tokens, int top_k) const {
   if (has_tiles()) {
     // Every expert on the tile path may leave part of a tile empty.
     const size_t tiles = slots / kTileTokens + std::min<size_t>(num_experts(), slots / tile_min_tokens_);
-    size.input_tiles = tiles * table_.tile_group_bytes(hidden_size());
-    size.intermediate_tiles = tiles * table_.tile_group_bytes(intermediate_size());
+    size.input_tiles = tiles * table_.tile_group_bytes(input_tile_format_, hidden_size());
+    size.intermediate_tiles = tiles * table_.tile_group_bytes(TileFormat::BF16, intermediate_size());
   }
   for (int i = 0; i < 2; ++i)
     size.slot_rows[i] = DownPasses::buffer_bytes(down_.slices(), static_cast<int64_t>(slots), i == 1);
@@ -162,7 +174,7 @@ void MoELayer::begin(int phase, MoEPiece& piece) const {
   if (phase == kGateUp) {
     piece.rows = gate_.slices();  // of the same length: no allocation
     const int rows = max_vector_rows(gate_.row_bytes() + up_.row_bytes(), vector_granule_);
-    piece.queue.fill(piece.groups, piece.rows, {vector_granule_, rows, kTileGranule});
+    piece.queue.fill(piece.groups, piece.rows, {vector_granule_, rows, tile_granule(TileFormat::BF16)});
   } else if (phase >= kDown && pass < piece.passes.num_passes()) {
     for (int slice = 0; slice < piece.passes.num_slices(); ++slice)
       piece.rows[slice] = piece.passes.part(pass, slice).rows;
@@ -187,8 +199,9 @@ void MoELayer::prepare(MoEPiece& piece, int worker) const {
   const int k = hidden_size();
   const int num_formats = shares_input() ? 1 : 2;
   const TypeKernels* formats[2] = {&gate_.kernels(), &up_.kernels()};
-  const int granule = std::lcm(
-      kTileGranule, std::lcm(aligned_activations(*formats[0]), aligned_activations(*formats[num_formats - 1])));
+  const int granule =
+      std::lcm(has_tiles() ? tile_granule(input_tile_format_) : 1,
+               std::lcm(aligned_activations(*formats[0]), aligned_activations(*formats[num_formats - 1])));
   const RowCut cut = cut_row(k, groups.num_routed_tokens(), pool_.num_workers(), granule, kMinPrepareRange);
   const int64_t num_items = int64_t{groups.num_routed_tokens()} * cut.ranges;
   float* x = Scratch(piece.workspace->worker(worker)).row;
@@ -204,7 +217,7 @@ void MoELayer::prepare(MoEPiece& piece, int worker) const {
       const int32_t row = groups.slot_tile_rows()[slot];
       vectors |= row < 0;
       if (row < 0) continue;
-      store_tiles(x, begin, n, k, row, piece.workspace->input_tiles());
+      store_tiles(input_tile_format_, x, begin, n, k, row, piece.workspace->input_tiles());
     }
     for (int i = 0; vectors && i < num_formats; ++i) {
       uint8_t* row = piece.workspace->input(i) + token * activation_row_bytes(*formats[i], k);
@@ -258,13 +271,15 @@ void MoELayer::gate_up_vectors(const MoEPiece& piece, const WorkItem& item, cons
 void MoELayer::gate_up_tiles(const MoEPiece& piece, const WorkItem& item, const Scratch& scratch) const {
   const TokenGroups::Group& group = piece.groups.group(item.group);
   const int64_t first_row = int64_t{group.first_tile} * kTileTokens + item.first_token;
-  const size_t group_bytes = table_.tile_group_bytes(hidden_size());
+  const size_t group_bytes = table_.tile_group_bytes(input_tile_format_, hidden_size());
   multiply_tiles({{&gate_, scratch.gate}, {&up_, scratch.up}}, item, group.expert,
-                 piece.workspace->input_tiles() + first_row / kTileTokens * group_bytes, group_bytes, kTileStride);
+                 {input_tile_format_, piece.workspace->input_tiles() + first_row / kTileTokens * group_bytes,
+                  group_bytes, next_panel(gate_, piece, item)},
+                 kTileStride);
   for (int t = 0; t < item.num_tokens; ++t) {
     float* row = scratch.gate + t * kTileStride;
     table_.silu_mul(row, scratch.up + t * kTileStride, row, item.num_rows);
-    store_tiles(row, item.first_row, item.num_rows, intermediate_size(), first_row + t,
+    store_tiles(TileFormat::BF16, row, item.first_row, item.num_rows, intermediate_size(), first_row + t,
                 piece.workspace->intermediate_tiles());
   }
 }
@@ -299,9 +314,10 @@ void MoELayer::down_vectors(const MoEPiece& piece, const WorkItem& item, float* 
 void MoELayer::down_tiles(const MoEPiece& piece, const WorkItem& item, float* output) const {
   const TokenGroups::Group& group = piece.groups.group(item.group);
   const int64_t first_row = int64_t{group.first_tile} * kTileTokens + item.first_token;
-  const size_t group_bytes = table_.tile_group_bytes(intermediate_size());
+  const size_t group_bytes = table_.tile_group_bytes(TileFormat::BF16, intermediate_size());
   multiply_tiles({{&down_, output}}, item, group.expert,
-                 piece.workspace->intermediate_tiles() + first_row / kTileTokens * group_bytes, group_bytes,
+                 {TileFormat::BF16, piece.workspace->intermediate_tiles() + first_row / kTileTokens * group_bytes,
+                  group_bytes, next_panel(down_, piece, item)},
                  piece.passes.stride());
 }
 

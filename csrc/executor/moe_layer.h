@@ -90,7 +90,7 @@ class MoELayer {
   void down_vectors(const MoEPiece& piece, const WorkItem& item, float* output) const;
   void down_tiles(const MoEPiece& piece, const WorkItem& item, float* output) const;
   void merge(MoEPiece& piece, int pass, int worker) const;
-  void store_tiles(const float* x, int begin, int n, int k, int64_t row, uint8_t* tiles) const;
+  void store_tiles(TileFormat format, const float* x, int begin, int n, int k, int64_t row, uint8_t* tiles) const;
   bool has_tiles() const;
   bool shares_input() const { return gate_.kernels().activation_format == up_.kernels().activation_format; }
 
@@ -98,6 +98,7 @@ class MoELayer {
   const ThreadPool& pool_;
   ExpertWeights gate_, up_, down_;
   int vector_granule_;  // of intermediate rows
+  TileFormat input_tile_format_;
   int tile_min_tokens_;
 };
 

@@ -31,30 +31,37 @@ void multiply_vectors(const ExpertWeights& weights, const WorkItem& item, int ex
 }
 
 void multiply_tiles(std::initializer_list<TileProduct> products, const WorkItem& item, int expert,
-                    const uint8_t* groups, size_t group_bytes, int stride) {
+                    const TileInput& input, int stride) {
   const int k = products.begin()->weights->k();
-  int granule = kTileGranule;
+  int granule = tile_granule(input.format);
   for (const TileProduct& product : products) granule = std::lcm(granule, product.weights->block_size());
   const int part = std::max(granule, kTilePartK / granule * granule);
+  const auto weights_at = [&](const TileProduct* product, int begin) {
+    const ExpertWeights& weights = *product->weights;
+    return weights.panel(item.slice, expert, item.first_row) + weights.panel_bytes() * begin / k;
+  };
   for (int begin = 0; begin < k; begin += part) {
     const int end = std::min(begin + part, k);
-    int ahead = std::min(end + part, k);  // by the first of the products, for all
-    for (const TileProduct& product : products) {
-      const ExpertWeights& weights = *product.weights;
-      weights.kernels().tile_gemm({.weights = weights.panel(item.slice, expert, item.first_row),
-                                   .panel_bytes = weights.panel_bytes(),
-                                   .activations = groups,
-                                   .group_bytes = group_bytes,
-                                   .output = product.output,
-                                   .output_stride = static_cast<size_t>(stride),
-                                   .accumulate = begin > 0,
-                                   .num_rows = item.num_rows,
-                                   .num_tokens = item.num_tokens,
-                                   .k = k,
-                                   .k_begin = begin,
-                                   .k_end = end,
-                                   .k_ahead = ahead});
-      ahead = 0;
+    for (const TileProduct* product = products.begin(); product != products.end(); ++product) {
+      const ExpertWeights& weights = *product->weights;
+      const uint8_t* next = product + 1 != products.end() ? weights_at(product + 1, begin)
+                            : end < k                     ? weights_at(products.begin(), end)
+                                                          : input.next_weights;
+      const auto gemm = weights.kernels().tile_gemm[static_cast<int>(input.format)];
+      gemm({.weights = weights.panel(item.slice, expert, item.first_row),
+            .panel_bytes = weights.panel_bytes(),
+            .activations = input.groups,
+            .group_bytes = input.group_bytes,
+            .output = product->output,
+            .output_stride = static_cast<size_t>(stride),
+            .accumulate = begin > 0,
+            .num_rows = item.num_rows,
+            .num_tokens = item.num_tokens,
+            .k = k,
+            .k_begin = begin,
+            .k_end = end,
+            .k_ahead = product == products.begin() ? std::min(end + part, k) : 0,  // by the first, for all
+            .next_weights = next});
     }
   }
 }

@@ -25,14 +25,21 @@ struct VectorInput {
 void multiply_vectors(const ExpertWeights& weights, const WorkItem& item, int expert, const VectorInput& input,
                       float* output, int stride);
 
+// Activations on the tile path: groups of 16 tokens each, from the item's first token on.
+struct TileInput {
+  TileFormat format;
+  const uint8_t* groups;
+  size_t group_bytes;
+  const uint8_t* next_weights;  // what is read after the item; nullptr: unknown
+};
+
 struct TileProduct {
   const ExpertWeights* weights;
   float* output;  // [num_tokens, stride]
 };
 
-// The item's rows and tokens of one expert, for matrices of the same K that read the same activations. groups: of 16
-// tokens each, from the item's first token on.
+// The item's rows and tokens of one expert, for matrices of the same K that read the same activations.
 void multiply_tiles(std::initializer_list<TileProduct> products, const WorkItem& item, int expert,
-                    const uint8_t* groups, size_t group_bytes, int stride);
+                    const TileInput& input, int stride);
 
 }  // namespace kt

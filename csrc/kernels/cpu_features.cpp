@@ -51,10 +51,11 @@ uint32_t detect_cpu_features() {
   if (subleaf1_eax & (1u << 5)) features |= kAvx512Bf16;
   if (leaf7_edx & (1u << 23)) features |= kAvx512Fp16;
 
-  constexpr uint32_t kAmxBf16Bit = 1u << 22, kAmxTileBit = 1u << 24;
+  constexpr uint32_t kAmxBf16Bit = 1u << 22, kAmxTileBit = 1u << 24, kAmxInt8Bit = 1u << 25;
   if ((saved & kTileState) != kTileState || !(leaf7_edx & kAmxTileBit) || !ask_for_tiles()) return features;
   features |= kAmxTile;
   if (leaf7_edx & kAmxBf16Bit) features |= kAmxBf16;
+  if (leaf7_edx & kAmxInt8Bit) features |= kAmxInt8;
   return features;
 }
 
@@ -71,7 +72,8 @@ std::string cpu_feature_names(uint32_t features) {
                 {kAvx512Bf16, "avx512_bf16"},
                 {kAvx512Fp16, "avx512_fp16"},
                 {kAmxTile, "amx_tile"},
-                {kAmxBf16, "amx_bf16"}};
+                {kAmxBf16, "amx_bf16"},
+                {kAmxInt8, "amx_int8"}};
   std::string names;
   for (const auto& entry : kNames) {
     if (!(features & entry.bit)) continue;

@@ -17,6 +17,7 @@ enum CpuFeature : uint32_t {
   kAvx512Fp16 = 1u << 7,
   kAmxTile = 1u << 8,  // tiles, and the kernel's permission to use them
   kAmxBf16 = 1u << 9,
+  kAmxInt8 = 1u << 10,
 };
 
 // Bits of CpuFeature that CPUID, XCR0 (the register state the operating system saves) and, for AMX, the kernel grant.

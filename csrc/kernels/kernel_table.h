@@ -43,8 +43,18 @@ struct GemmParams {
   Prefetch prefetch = Prefetch::kFar;
 };
 
-inline constexpr int kTileTokens = 16;   // tokens of a group
-inline constexpr int kTileGranule = 32;  // activations are stored, and K is cut, at multiples of it
+inline constexpr int kTileTokens = 16;  // tokens of a group
+inline constexpr int kTileK = 32;       // K of every tile kernel is a multiple of it
+
+// How the tile kernels multiply, and what activations become for it.
+enum class TileFormat : int32_t {
+  BF16,     // bfloat16: nearly exact
+  INT8_256  // 8 bits with one step for 256 activations, and for 256 weights of a row: half the work for the tile unit
+};
+inline constexpr int kNumTileFormats = 2;
+
+// Activations are stored, and K is cut, at multiples of it.
+constexpr int tile_granule(TileFormat format) { return format == TileFormat::BF16 ? 32 : 256; }
 
 // The tile kernels, best from TypeKernels::tile_min_tokens tokens on. They want activations of an expert's tokens in
 // groups of 16, whatever the type of the weights, in memory only the table understands.
@@ -52,16 +62,17 @@ struct TileGemmParams {
   const uint8_t* weights;      // panels of 16 rows
   size_t panel_bytes;          // from one panel to the next
   const uint8_t* activations;  // [ceil(num_tokens / 16)] groups, each written by store_tile_row for all of `k`
-  size_t group_bytes;          // from one group to the next: KernelTable::tile_group_bytes
+  size_t group_bytes;          // from one group to the next: KernelTable::tile_group_bytes of the format
   float* output;               // [num_tokens, output_stride]; exactly [num_tokens, num_rows] is written
   size_t output_stride;        // >= num_rows
   bool accumulate;             // adds to output instead of overwriting it: for a K computed in parts
   int num_rows;
-  int num_tokens;  // at least 1
-  int k;           // of a whole row; a multiple of kTileGranule and of the type's block size
-  int k_begin;     // this call computes [k_begin, k_end): multiples of kTileGranule and of the type's block size
-  int k_end;
+  int num_tokens;   // at least 1
+  int k;            // of a whole row; a multiple of kTileK and of the type's block size
+  int k_begin;      // this call computes [k_begin, k_end): multiples of tile_granule() and of the type's block size,
+  int k_end;        // or the end of the row
   int k_ahead = 0;  // and asks for the activations of [k_end, k_ahead), which are wanted soon, if that is anything
+  const uint8_t* next_weights = nullptr;  // where the next call begins to read, in weights like these; nullptr: unknown
 };
 
 // The kernels for weights of one GGML type.
@@ -75,7 +86,7 @@ struct TypeKernels {
   void (*quantize_activations)(const float* x, uint8_t* blocks, int k);
   void (*gemm)(const GemmParams& params);
   int panel_rows = 1;  // 1: weights as in the GGUF file; kPanelRows: repacked by kernels/panel.h
-  void (*tile_gemm)(const TileGemmParams& params) = nullptr;  // nullptr: none
+  void (*tile_gemm[kNumTileFormats])(const TileGemmParams& params) = {};  // by TileFormat; nullptr: none
   int tile_min_tokens = 0;  // an expert with at least so many tokens is faster by tile_gemm (measured)
 };
 
@@ -94,11 +105,16 @@ struct KernelTable {
   // What sets it apart from other tables of the same isa, for the log: "VNNI"; "" when nothing does.
   const char* variant = "";
   // Bytes of a group of 16 tokens with k activations each, a multiple of 64. nullptr in tables without tile_gemm.
-  size_t (*tile_group_bytes)(int k) = nullptr;
-  // x: [n], the activations [k_begin, k_begin + n) of a token, 0 to 15 in its group; multiples of kTileGranule.
-  // group: 64-byte aligned.
-  void (*store_tile_row)(const float* x, int k_begin, int n, int token, uint8_t* group) = nullptr;
+  size_t (*tile_group_bytes)(TileFormat format, int k) = nullptr;
+  // x: [n], the activations [k_begin, k_begin + n) of a token, 0 to 15 in its group, of k; multiples of tile_granule(),
+  // or the end of the row. group: 64-byte aligned.
+  void (*store_tile_row)(TileFormat format, const float* x, int k_begin, int n, int k, int token,
+                         uint8_t* group) = nullptr;
 };
+
+inline bool has_tile_gemm(const TypeKernels& kernels, TileFormat format) {
+  return kernels.tile_gemm[static_cast<int>(format)] != nullptr;
+}
 
 // The kernels of `table` for `type`; nullptr when the table has none.
 inline const TypeKernels* find_type_kernels(const KernelTable& table, GgmlType type) {

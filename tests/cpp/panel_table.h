@@ -63,34 +63,41 @@ void panel_gemm(const GemmParams& p) {
   }
 }
 
-// [k][16 tokens] bfloat16
-inline size_t group_place(int i, int token) { return 2 * (size_t(i) * kTileTokens + token); }
-
-inline void store_tile_row(const float* x, int k_begin, int n, int token, uint8_t* group) {
-  for (int i = 0; i < n; ++i) {
-    const uint16_t bits = f32_to_bf16(x[i]);
-    std::memcpy(group + group_place(k_begin + i, token), &bits, 2);
-  }
+// What activations become in a format: bfloat16, and for INT8_256 a rougher float, so that they cannot be mistaken for
+// each other; float32 for the vector kernels.
+inline float rounded_for_tiles(TileFormat format, float x) {
+  const float rounded = bf16_to_f32(f32_to_bf16(x));
+  return format == TileFormat::BF16 ? rounded : bf16_to_f32(f32_to_bf16(rounded * 8.0f) & 0xfffc) / 8.0f;
 }
 
-inline size_t tile_group_bytes(int k) { return size_t(kTileTokens) * k * 2; }
+inline size_t tile_group_bytes(TileFormat, int k) { return size_t(kTileTokens) * k * sizeof(float) + 64; }
 
-template <GgmlType type>
+// [k][16 tokens] float32, and which format it is.
+inline void store_tile_row(TileFormat format, const float* x, int k_begin, int n, int k, int token, uint8_t* group) {
+  KT_CHECK(k_begin % tile_granule(format) == 0, "activations are stored from ", k_begin, " on");
+  KT_CHECK(n % tile_granule(format) == 0 || k_begin + n == k, n, " of ", k, " activations are stored");
+  auto* values = reinterpret_cast<float*>(group);
+  for (int i = 0; i < n; ++i) values[size_t(k_begin + i) * kTileTokens + token] = rounded_for_tiles(format, x[i]);
+  group[tile_group_bytes(format, k) - 1] = static_cast<uint8_t>(format);
+}
+
+template <GgmlType type, TileFormat format>
 void panel_tile_gemm(const TileGemmParams& p) {
+  KT_CHECK(p.activations[p.group_bytes - 1] == static_cast<uint8_t>(format), "activations of another format");
+  KT_CHECK(p.k_begin % tile_granule(format) == 0, "a part of K from ", p.k_begin, " on");
   std::vector<float> x(p.k);
   for (int row = 0; row < p.num_rows; ++row) {
     const auto weights = panel_row<type>(p.weights + row / kPanelRows * p.panel_bytes, row % kPanelRows, p.k);
     for (int t = 0; t < p.num_tokens; ++t) {
-      const uint8_t* group = p.activations + t / kTileTokens * p.group_bytes;
-      for (int i = p.k_begin; i < p.k_end; ++i) x[i] = bf16_to_f32(load_u16(group + group_place(i, t % kTileTokens)));
+      const auto* group = reinterpret_cast<const float*>(p.activations + t / kTileTokens * p.group_bytes);
+      for (int i = p.k_begin; i < p.k_end; ++i) x[i] = group[size_t(i) * kTileTokens + t % kTileTokens];
       float& output = p.output[t * p.output_stride + row];
       output = (p.accumulate ? output : 0.0f) + plain_dot(&weights[p.k_begin], &x[p.k_begin], p.k_end - p.k_begin);
     }
   }
 }
 
-// Activations in float32 for the vector kernels, in bfloat16 for the tile kernels, which take experts of
-// tile_min_tokens on; 0: no tile kernels.
+// Tile kernels take experts of tile_min_tokens on; 0: there are none. Quantised types have those of both formats.
 template <int tile_min_tokens>
 const KernelTable& panel_table() {
   const auto entry = []<GgmlType type>() {
@@ -98,7 +105,9 @@ const KernelTable& panel_table() {
     kernels.gemm = panel_gemm<type>;
     kernels.panel_rows = kPanelRows;
     if (tile_min_tokens > 0) {
-      kernels.tile_gemm = panel_tile_gemm<type>;
+      kernels.tile_gemm[static_cast<int>(TileFormat::BF16)] = panel_tile_gemm<type, TileFormat::BF16>;
+      if (type == GgmlType::Q8_0 || type == GgmlType::Q4_K)
+        kernels.tile_gemm[static_cast<int>(TileFormat::INT8_256)] = panel_tile_gemm<type, TileFormat::INT8_256>;
       // The smallest threshold is one type's alone: a layer must wait for its last type.
       kernels.tile_min_tokens = type == GgmlType::Q8_0 ? tile_min_tokens : 1;
     }

@@ -104,13 +104,18 @@ float rounded_dot(const float* a, const float* b, int n) {
   return sum;
 }
 
-float rounded_to_bf16(float x) { return bf16_to_f32(f32_to_bf16(x)); }
+void round_for_tiles(TileFormat format, std::vector<float>& values) {
+  for (float& value : values) value = test::rounded_for_tiles(format, value);
+}
 
 // Relative L2 error of the output against float64, every `step`-th token. Experts that at least tile_min_tokens of a
-// piece's tokens go to have their activations rounded to bfloat16, as the tile kernels take them.
+// piece's tokens go to have their activations rounded as panel_table()'s tile kernels take them.
 double error_of(const Layer& layer, const Call& call, int tile_min_tokens = INT_MAX, int piece = INT_MAX,
                 int step = 1) {
   const int h = layer.hidden_size, m = layer.intermediate_size;
+  const auto quantised = [](GgmlType type) { return type == GgmlType::Q8_0 || type == GgmlType::Q4_K; };
+  const TileFormat input_format =
+      quantised(layer.spec.gate.type) && quantised(layer.spec.up.type) ? TileFormat::INT8_256 : TileFormat::BF16;
   std::map<std::pair<int, int>, int> uses;  // (piece, expert) -> tokens
   for (int i = 0; i < call.num_tokens * call.top_k; ++i) ++uses[{i / call.top_k / piece, call.ids[i]}];
   double error = 0, size = 0;
@@ -121,13 +126,13 @@ double error_of(const Layer& layer, const Call& call, int tile_min_tokens = INT_
       if (expert < 0 || expert >= layer.num_experts) continue;
       const bool tiles = uses[{token / piece, static_cast<int>(expert)}] >= tile_min_tokens;
       std::vector<float> x(&call.x[size_t(token) * h], &call.x[size_t(token) * h] + h), inner(m);
-      if (tiles) std::transform(x.begin(), x.end(), x.begin(), rounded_to_bf16);
+      if (tiles) round_for_tiles(input_format, x);
       for (int row = 0; row < m; ++row) {
         const float gate = rounded_dot(&layer.weights[0][(expert * m + row) * h], x.data(), h);
         const float up = rounded_dot(&layer.weights[1][(expert * m + row) * h], x.data(), h);
         kernel_tables().back()->silu_mul(&gate, &up, &inner[row], 1);
       }
-      if (tiles) std::transform(inner.begin(), inner.end(), inner.begin(), rounded_to_bf16);
+      if (tiles) round_for_tiles(TileFormat::BF16, inner);
       for (int row = 0; row < h; ++row)
         sum[row] +=
             call.weights[token * call.top_k + k] * dot(&layer.weights[2][(expert * h + row) * m], inner.data(), m);

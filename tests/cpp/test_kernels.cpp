@@ -146,25 +146,40 @@ TEST(nan_and_infinity_stay_in_their_own_rows) {
   });
 }
 
+// f(table, kernels, format) for each format that a type of a table which runs here has tile kernels for.
+template <class F>
+void for_each_tile_kernel(F f) {
+  for_each_kernel([&](const KernelTable& table, const TypeKernels& kernels) {
+    for (TileFormat format : {TileFormat::BF16, TileFormat::INT8_256})
+      if (has_tile_gemm(kernels, format)) f(table, kernels, format);
+  });
+}
+
+std::string tile_label(const KernelTable& table, const TypeKernels& kernels, TileFormat format) {
+  return label(table, kernels) + (format == TileFormat::BF16 ? " bfloat16 tiles" : " int8 tiles");
+}
+
 // The tile kernels against double precision. The limit is on the error of the whole result: single ones may be near 0.
-void check_tile_gemm(const KernelTable& table, const TypeKernels& kernels, int num_rows, int num_tokens, int k) {
+void check_tile_gemm(const KernelTable& table, const TypeKernels& kernels, TileFormat format, int num_rows,
+                     int num_tokens, int k) {
   const Weights w = random_weights(kernels.type, num_rows, k);
   const StoredWeights stored = store_weights(kernels, w);
   const std::vector<float> x = random_floats(static_cast<size_t>(num_tokens) * k, 3.0f);
-  const size_t group_bytes = table.tile_group_bytes(k);
+  const size_t group_bytes = table.tile_group_bytes(format, k);
+  const int granule = tile_granule(format);
   std::vector<uint8_t> storage(group_bytes * ((num_tokens + kTileTokens - 1) / kTileTokens) + 63);
   for (uint8_t& byte : storage) byte = static_cast<uint8_t>(rng()());  // whatever was there before
   auto* groups = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(storage.data()) + 63) / 64 * 64);
   for (int t = 0; t < num_tokens; ++t)
     for (int begin = 0; begin < k;) {
-      const int n = std::min(k - begin, kTileGranule * random_int(1, 8));
-      table.store_tile_row(x.data() + static_cast<size_t>(t) * k + begin, begin, n, t % kTileTokens,
+      const int n = std::min(k - begin, granule * random_int(1, 8));
+      table.store_tile_row(format, x.data() + static_cast<size_t>(t) * k + begin, begin, n, k, t % kTileTokens,
                            groups + group_bytes * (t / kTileTokens));
       begin += n;
     }
   const int stride = num_rows + random_int(0, 5);
   std::vector<float> output(static_cast<size_t>(num_tokens) * stride, kUntouched);
-  const int block = std::max(kTileGranule, ggml_type_info(kernels.type).block_size);
+  const int block = std::max(granule, ggml_type_info(kernels.type).block_size);
   const int middle = random_int(0, 1) == 0 ? k : std::min(k, block * random_int(1, 12));
   for (const auto& [begin, end] : {std::pair{0, middle}, std::pair{middle, k}}) {
     if (begin == end) continue;
@@ -181,7 +196,7 @@ void check_tile_gemm(const KernelTable& table, const TypeKernels& kernels, int n
     params.k = k;
     params.k_begin = begin;
     params.k_end = end;
-    kernels.tile_gemm(params);
+    kernels.tile_gemm[static_cast<int>(format)](params);
   }
   double error_square = 0, square = 0, fourth = 0;
   for (int t = 0; t < num_tokens; ++t)
@@ -204,29 +219,27 @@ void check_tile_gemm(const KernelTable& table, const TypeKernels& kernels, int n
   const double error = std::sqrt(error_square / square);
   // The spread of few samples, which are fewer yet where some rows are larger than others.
   const double few = 1 + 3 / std::sqrt(square * square / fourth);
-  const double limit = few * kTileError;
-  CHECK(error < limit, table_name(table) << " " << ggml_type_info(kernels.type).name << " tiles, rows " << num_rows
-                                         << " tokens " << num_tokens << " k " << k << ": relative error " << error);
+  const double limit = few * (format == TileFormat::BF16 ? kTileErrorBf16 : kTileErrorInt8);
+  CHECK(error < limit, tile_label(table, kernels, format) << " rows " << num_rows << " tokens " << num_tokens << " k "
+                                                          << k << ": relative error " << error);
 }
 
 TEST(tile_gemm) {
-  for_each_kernel([](const KernelTable& table, const TypeKernels& kernels) {
-    if (kernels.tile_gemm == nullptr) return;
+  for_each_tile_kernel([](const KernelTable& table, const TypeKernels& kernels, TileFormat format) {
     const int block = ggml_type_info(kernels.type).block_size;
     for (int num_tokens : {1, 2, 7, 15, 16, 17, 31, 32, 33, 50, 64})
-      check_tile_gemm(table, kernels, random_int(1, 70), num_tokens, 256 * random_int(1, 6));
+      check_tile_gemm(table, kernels, format, random_int(1, 70), num_tokens, 256 * random_int(1, 6));
     for (int k : {256, 512, 1408, 2048, 2304, 7168})
-      if (k % block == 0) check_tile_gemm(table, kernels, 48, 20, k);
+      if (k % block == 0) check_tile_gemm(table, kernels, format, 48, 20, k);
     if (block < 256)
-      for (int k : {32, 64, 96, 160, 1056, 1120}) check_tile_gemm(table, kernels, 33, 18, k);
-    check_tile_gemm(table, kernels, 16, 300, 512);
+      for (int k : {32, 64, 96, 160, 1056, 1120}) check_tile_gemm(table, kernels, format, 33, 18, k);
+    check_tile_gemm(table, kernels, format, 16, 300, 512);
   });
 }
 
 // A scale that is NaN or infinite, as in a damaged file, makes no number of its own row, and touches no other.
 TEST(tiles_of_a_scale_that_is_no_number) {
-  for_each_kernel([](const KernelTable& table, const TypeKernels& kernels) {
-    if (kernels.tile_gemm == nullptr) return;
+  for_each_tile_kernel([](const KernelTable& table, const TypeKernels& kernels, TileFormat format) {
     // Where the blocks have a float16 scale.
     const GgmlType first[] = {GgmlType::Q4_0, GgmlType::Q8_0, GgmlType::Q4_K, GgmlType::IQ4_XS, GgmlType::IQ2_XXS};
     const bool at_start = std::find(std::begin(first), std::end(first), kernels.type) != std::end(first);
@@ -239,11 +252,12 @@ TEST(tiles_of_a_scale_that_is_no_number) {
     const uint16_t scale = random_int(0, 1) == 0 ? 0x7e00 : 0xfc00;
     std::memcpy(w.storage.data() + 1 + bad_row * w.row_bytes + bad_block * info.block_bytes + offset, &scale, 2);
     const StoredWeights stored = store_weights(kernels, w);
-    const size_t group_bytes = table.tile_group_bytes(k);
+    const size_t group_bytes = table.tile_group_bytes(format, k);
     std::vector<uint8_t> storage(2 * group_bytes + 63);
     auto* groups = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(storage.data()) + 63) / 64 * 64);
     for (int t = 0; t < num_tokens; ++t)
-      table.store_tile_row(random_floats(k).data(), 0, k, t % kTileTokens, groups + group_bytes * (t / kTileTokens));
+      table.store_tile_row(format, random_floats(k).data(), 0, k, k, t % kTileTokens,
+                           groups + group_bytes * (t / kTileTokens));
     std::vector<float> output(static_cast<size_t>(num_tokens) * num_rows);
     TileGemmParams params{};
     params.weights = stored.panels;
@@ -255,10 +269,11 @@ TEST(tiles_of_a_scale_that_is_no_number) {
     params.num_rows = num_rows;
     params.num_tokens = num_tokens;
     params.k = params.k_end = k;
-    kernels.tile_gemm(params);
+    kernels.tile_gemm[static_cast<int>(format)](params);
     for (size_t i = 0; i < output.size(); ++i)
       CHECK(std::isfinite(output[i]) == (static_cast<int>(i) % num_rows != bad_row),
-            label(table, kernels) << " row " << i % num_rows << ", bad row " << bad_row << ": " << output[i]);
+            tile_label(table, kernels, format)
+                << " row " << i % num_rows << ", bad row " << bad_row << ": " << output[i]);
   });
 }
 

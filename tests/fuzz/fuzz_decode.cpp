@@ -61,13 +61,13 @@ void check_same_tokens(const GgmlTypeInfo& info, const std::vector<float>& outpu
 }
 
 // vector: the call of the vector kernel on the same panel; x: [k].
-void run_tiles(const GgmlTypeInfo& info, const KernelTable& table, const TypeKernels& kernels, const GemmParams& vector,
-               const std::vector<float>& x) {
-  const size_t group_bytes = table.tile_group_bytes(vector.k);
+void run_tiles(const GgmlTypeInfo& info, const KernelTable& table, const TypeKernels& kernels, TileFormat format,
+               const GemmParams& vector, const std::vector<float>& x) {
+  const size_t group_bytes = table.tile_group_bytes(format, vector.k);
   const std::unique_ptr<uint8_t, AlignedDelete> group(
       static_cast<uint8_t*>(operator new(group_bytes, std::align_val_t{64})));
   for (int token = 0; token < vector.num_tokens; ++token)
-    table.store_tile_row(x.data(), 0, vector.k, token, group.get());
+    table.store_tile_row(format, x.data(), 0, vector.k, vector.k, token, group.get());
   std::vector<float> output(static_cast<size_t>(vector.num_tokens) * vector.num_rows);
   TileGemmParams params;
   params.weights = vector.weights;
@@ -82,7 +82,7 @@ void run_tiles(const GgmlTypeInfo& info, const KernelTable& table, const TypeKer
   params.k = vector.k;
   params.k_begin = 0;
   params.k_end = vector.k;
-  kernels.tile_gemm(params);
+  kernels.tile_gemm[static_cast<int>(format)](params);
   check_same_tokens(info, output, vector.num_rows);
 }
 
@@ -120,7 +120,8 @@ void run_kernels(const GgmlTypeInfo& info, const uint8_t* bytes, int num_rows, s
     params.k = k;
     kernels->gemm(params);
     check_same_tokens(info, output, num_rows);
-    if (kernels->tile_gemm && k % 32 == 0) run_tiles(info, *table, *kernels, params, x);
+    for (TileFormat format : {TileFormat::BF16, TileFormat::INT8_256})
+      if (has_tile_gemm(*kernels, format) && k % kTileK == 0) run_tiles(info, *table, *kernels, format, params, x);
   }
 }
 

@@ -6,48 +6,12 @@
 
 #include <immintrin.h>
 
+#include "kernels/amx/ahead.h"
 #include "kernels/amx/tiles.h"
 #include "kernels/amx/weights_bf16.h"
 
 namespace kt::KT_ISA_NAMESPACE {
 namespace {
-
-constexpr int kRows = 2 * kPanelRows;  // weight rows computed together
-constexpr int kTokensAtOnce = 256;
-
-constexpr int kChunksAhead = 2;  // how far ahead weights are asked for, of 1 to 10 microseconds each
-
-// What is read later, asked for a few lines at a time while the tile unit works.
-struct Ahead {
-  const uint8_t* from[2] = {nullptr, nullptr};  // nullptr: nothing
-  size_t bytes_of_step = 0;                     // of each
-
-  inline void prefetch(int step) const {
-    for (const uint8_t* begin : from)
-      for (size_t i = 0; begin != nullptr && i < bytes_of_step; i += 64)
-        _mm_prefetch(reinterpret_cast<const char*>(begin + step * bytes_of_step + i), _MM_HINT_T1);
-  }
-};
-
-// The weights kChunksAhead after the chunk at k of the panels from row on.
-template <class Maker>
-inline Ahead weights_ahead(const TileGemmParams& p, int row, int k) {
-  k += kChunksAhead * kMaxCodesK;
-  if (k >= p.k_end) k -= (p.k_end - p.k_begin + kMaxCodesK - 1) / kMaxCodesK * kMaxCodesK, row += kRows;
-  if (k < p.k_begin || row >= p.num_rows) return {};
-  const uint8_t* panel = p.weights + static_cast<size_t>(row / kPanelRows) * p.panel_bytes +
-                         static_cast<size_t>(k / kMaxCodesK) * Maker::kChunkBytes;
-  return {{panel, row + kPanelRows < p.num_rows ? panel + p.panel_bytes : nullptr}, Maker::kChunkBytes / kSteps};
-}
-
-// Bytes of a group's activations that are to be asked for in each step of a chunk: all up to k_ahead by the last chunk.
-inline size_t activations_ahead_of_step(const TileGemmParams& p) {
-  if (p.k_ahead <= p.k_end) return 0;
-  const int chunks = (p.num_rows + kRows - 1) / kRows * ((p.k_end - p.k_begin + kMaxCodesK - 1) / kMaxCodesK);
-  const size_t bytes = static_cast<size_t>((p.k_ahead - p.k_end) / kStepK) * kTileBytes,
-               steps = static_cast<size_t>(chunks) * kSteps;
-  return (bytes / steps + 63) / 64 * 64;
-}
 
 // Up to 2 groups of tokens x 2 panels, whose sums are in tiles 0 to 3.
 template <bool kTwoGroups, bool kTwoPanels>
@@ -79,7 +43,7 @@ struct TileSums {
   }
 
   static inline void add_products(const WeightTiles& weights, const uint8_t* a0, const uint8_t* a1, int num_steps,
-                                  const Ahead& weights_ahead, const Ahead& activations_ahead) {
+                                  const WeightsAhead& weights_ahead, const ActivationsAhead& activations_ahead) {
     for (int s = 0; s < num_steps; ++s) {
       _tile_loadd(6, weights[s][0], kTileRowBytes);
       _tile_loadd(4, a0 + s * kTileBytes, kTileRowBytes);
@@ -98,18 +62,6 @@ struct TileSums {
     }
   }
 };
-
-template <class Visitor>
-inline void with_tile_sums(bool two_groups, bool two_panels, const Visitor& visit) {
-  if (two_groups && two_panels)
-    visit(TileSums<true, true>());
-  else if (two_groups)
-    visit(TileSums<true, false>());
-  else if (two_panels)
-    visit(TileSums<false, true>());
-  else
-    visit(TileSums<false, false>());
-}
 
 // Where the sums of a part of a call are while it is computed: in the output, or beside it where tiles would reach past
 // the last row or token of that.
@@ -139,7 +91,7 @@ inline void tile_gemm_tokens(const TileGemmParams& p, const uint8_t* activations
   const int first = exact && num_tokens < kTileTokens ? num_tokens : kTileTokens;
   configure_tiles(first, exact ? num_tokens - first : kTileTokens);
   const int whole_tokens = exact || num_tokens % kTileTokens == 0 ? num_tokens : num_tokens / kPair * kPair;
-  const size_t ahead_of_step = activations_ahead_of_step(p);
+  const size_t ahead_of_step = activations_ahead_of_step(p, kTileBytes / kStepK, kSteps);
   const uint8_t* next_a = activations + static_cast<size_t>(p.k_end / kStepK) * kTileBytes;
   for (int row = 0; row < p.num_rows; row += kRows) {
     const int num_rows = p.num_rows - row < kRows ? p.num_rows - row : kRows;
@@ -155,23 +107,23 @@ inline void tile_gemm_tokens(const TileGemmParams& p, const uint8_t* activations
       maker.make(panel, k, num_k, tiles, 0);
       if (two_panels) maker.make(panel + p.panel_bytes, k, num_k, tiles, 1);
       const int num_steps = num_k / kStepK;
-      Ahead ahead = weights_ahead<Maker>(p, row, k);
+      WeightsAhead ahead = weights_ahead<Maker>(p, row, k, kSteps);
       const uint8_t* a = activations + static_cast<size_t>(k / kStepK) * kTileBytes;
       for (int token = 0; token < num_tokens; token += kPair, a += 2 * p.group_bytes) {
         float* to = token < beside.first_token ? output + token * p.output_stride : beside.sums[token];
         const size_t stride = token < beside.first_token ? p.output_stride : kRows;
         // The sums of a single pair stay in their tiles.
         const bool starts = k == p.k_begin, ends = k + num_k == p.k_end, moves = num_tokens > kPair;
-        with_tile_sums(num_tokens - token > kTileTokens, two_panels, [&](auto tile_sums) {
+        with_tiles(num_tokens - token > kTileTokens, two_panels, [&](auto two_groups, auto two_panels) {
+          using Tiles = TileSums<two_groups(), two_panels()>;
           if (starts && !p.accumulate)
-            tile_sums.zero();
+            Tiles::zero();
           else if (starts || moves)
-            tile_sums.load(to, stride);
+            Tiles::load(to, stride);
           const uint8_t* later = next_a + static_cast<size_t>(token / kTileTokens) * p.group_bytes;
-          const bool two_groups = num_tokens - token > kTileTokens;
-          tile_sums.add_products(tiles, a, a + p.group_bytes, num_steps, ahead,
-                                 {{later, two_groups ? later + p.group_bytes : nullptr}, ahead_of_step});
-          if (ends || moves) tile_sums.store(to, stride);
+          Tiles::add_products(tiles, a, a + p.group_bytes, num_steps, ahead,
+                              {{later, two_groups() ? later + p.group_bytes : nullptr}, ahead_of_step});
+          if (ends || moves) Tiles::store(to, stride);
         });
         ahead = {};
       }

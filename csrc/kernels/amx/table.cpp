@@ -8,19 +8,13 @@ namespace kt::KT_ISA_NAMESPACE {
 namespace {
 
 // With fewer tokens the vector kernels are faster; measured, see benchmarks/RESULTS.md.
-constexpr int kMinTokensInt = 14, kMinTokensFloat = 4;
+constexpr int kMinTokensInt = 12, kMinTokensFloat = 4;
 
-#define KT_FLOAT_ENTRY(type)      \
-  {GgmlType::type,                \
-   ActivationFormat::F32,         \
-   1,                             \
-   sizeof(float),                 \
-   avx512_vnni::copy_activations, \
-   avx512_vnni::gemm_##type,      \
-   kPanelRows,                    \
-   tile_gemm_##type,              \
-   kMinTokensFloat},
-#define KT_INT_ENTRY(type)        \
+#define KT_FLOAT_ENTRY(type)                                                \
+  {GgmlType::type, ActivationFormat::F32,         1,                        \
+   sizeof(float),  avx512_vnni::copy_activations, avx512_vnni::gemm_##type, \
+   kPanelRows,     {tile_gemm_bf16_##type},       kMinTokensFloat},
+#define KT_INT_ENTRY(type, ...)   \
   {GgmlType::type,                \
    ActivationFormat::INT8_32,     \
    32,                            \
@@ -28,17 +22,21 @@ constexpr int kMinTokensInt = 14, kMinTokensFloat = 4;
    avx512_vnni::quantize_int8_32, \
    avx512_vnni::gemm_##type,      \
    kPanelRows,                    \
-   tile_gemm_##type,              \
+   {__VA_ARGS__},                 \
    kMinTokensInt},
+#define KT_CODE_ENTRY(type) KT_INT_ENTRY(type, tile_gemm_bf16_##type, tile_gemm_int8_##type)
+#define KT_GRID_ENTRY(type) KT_INT_ENTRY(type, tile_gemm_bf16_##type)
 
-constexpr TypeKernels kTypes[] = {KT_FLOAT_TYPES(KT_FLOAT_ENTRY) KT_INT_TYPES(KT_INT_ENTRY)};
+constexpr TypeKernels kTypes[] = {KT_FLOAT_TYPES(KT_FLOAT_ENTRY) KT_CODE_TYPES(KT_CODE_ENTRY)
+                                      KT_GRID_TYPES(KT_GRID_ENTRY)};
 
 }  // namespace
 
 extern const KernelTable kTable;
 const KernelTable kTable = {
     .isa = "amx",
-    .required_features = kAvx2 | kFma | kF16c | kAvx512 | kAvx512Vnni | kAvx512Bf16 | kAvx512Fp16 | kAmxTile | kAmxBf16,
+    .required_features =
+        kAvx2 | kFma | kF16c | kAvx512 | kAvx512Vnni | kAvx512Bf16 | kAvx512Fp16 | kAmxTile | kAmxBf16 | kAmxInt8,
     .types = kTypes,
     .num_types = sizeof(kTypes) / sizeof(kTypes[0]),
     .silu_mul = avx512_vnni::silu_mul,

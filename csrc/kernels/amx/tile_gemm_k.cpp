@@ -1,13 +1,18 @@
 #include "kernels/amx/gemm_bf16.h"
+#include "kernels/amx/gemm_int8.h"
 #include "kernels/amx/kernels.h"
 #include "kernels/panel/unpack_k.h"
 
 namespace kt::KT_ISA_NAMESPACE {
 
-void tile_gemm_Q2_K(const TileGemmParams& params) { tile_gemm_bf16<Maker<UnpackQ2_K>>(params); }
-void tile_gemm_Q3_K(const TileGemmParams& params) { tile_gemm_bf16<Maker<UnpackQ3_K>>(params); }
-void tile_gemm_Q4_K(const TileGemmParams& params) { tile_gemm_bf16<Maker<UnpackQ4_K>>(params); }
-void tile_gemm_Q5_K(const TileGemmParams& params) { tile_gemm_bf16<Maker<UnpackQ5_K>>(params); }
-void tile_gemm_Q6_K(const TileGemmParams& params) { tile_gemm_bf16<Maker<UnpackQ6_K>>(params); }
+#define KT_TILE_GEMM(type)                                                                                      \
+  void tile_gemm_bf16_##type(const TileGemmParams& params) { tile_gemm_bf16<Bf16Maker<Unpack##type>>(params); } \
+  void tile_gemm_int8_##type(const TileGemmParams& params) { tile_gemm_int8<Int8Maker<Unpack##type>>(params); }
+
+KT_TILE_GEMM(Q2_K)
+KT_TILE_GEMM(Q3_K)
+KT_TILE_GEMM(Q4_K)
+KT_TILE_GEMM(Q5_K)
+KT_TILE_GEMM(Q6_K)
 
 }  // namespace kt::KT_ISA_NAMESPACE

@@ -4,9 +4,12 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <type_traits>
 
 namespace kt::KT_ISA_NAMESPACE {
 namespace {
+
+constexpr int kTokensAtOnce = 256;  // that share one making of weights
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -27,6 +30,19 @@ inline void configure_tiles(int first, int second) {
   // GCC 12 believes that only the first 8 bytes are read, and leaves out storing the others.
   __asm__ volatile("" : : "r"(&config) : "memory");
   _tile_loadconfig(&config);
+}
+
+// Calls visit with both as types: what is not there is then not computed.
+template <class Visitor>
+inline void with_tiles(bool two_groups, bool two_panels, const Visitor& visit) {
+  if (two_groups && two_panels)
+    visit(std::true_type(), std::true_type());
+  else if (two_groups)
+    visit(std::true_type(), std::false_type());
+  else if (two_panels)
+    visit(std::false_type(), std::true_type());
+  else
+    visit(std::false_type(), std::false_type());
 }
 
 }  // namespace

@@ -23,7 +23,7 @@ using WeightTiles = WeightTile[kSteps][2];  // [step][panel]
 // makes up for on average; results that are subnormal come out wrong, by at most about 2^-12 of the row's largest
 // weight of the 256 (2^-10 for types whose codes use less of a byte, such as Q2_K).
 template <class Unpack>
-struct Maker {
+struct Bf16Maker {
   // Codes are moved up in their bytes as far as they go: that much more range for the exponents of the results.
   static constexpr int kSpareBits = Unpack::kSigned || Unpack::kMaxCode > 127 ? 0
                                     : Unpack::kMaxCode > 63                   ? 1

@@ -4,28 +4,31 @@
 
 #include "kernels/kernel_table.h"
 
-// Every quantised type with a kernel, as named in GgmlType.
-#define KT_INT_TYPES(X) \
-  X(Q4_0)               \
-  X(Q4_1)               \
-  X(Q5_0)               \
-  X(Q5_1)               \
-  X(Q8_0)               \
-  X(Q2_K)               \
-  X(Q3_K)               \
-  X(Q4_K)               \
-  X(Q5_K)               \
-  X(Q6_K)               \
-  X(IQ4_NL)             \
-  X(IQ4_XS)             \
-  X(MXFP4)              \
-  X(IQ1_S)              \
-  X(IQ1_M)              \
-  X(IQ2_XXS)            \
-  X(IQ2_XS)             \
-  X(IQ2_S)              \
-  X(IQ3_XXS)            \
+// Every quantised type with a kernel, as named in GgmlType: those with a code for each weight, and those whose codes
+// stand for several in a grid.
+#define KT_CODE_TYPES(X) \
+  X(Q4_0)                \
+  X(Q4_1)                \
+  X(Q5_0)                \
+  X(Q5_1)                \
+  X(Q8_0)                \
+  X(Q2_K)                \
+  X(Q3_K)                \
+  X(Q4_K)                \
+  X(Q5_K)                \
+  X(Q6_K)                \
+  X(IQ4_NL)              \
+  X(IQ4_XS)              \
+  X(MXFP4)
+#define KT_GRID_TYPES(X) \
+  X(IQ1_S)               \
+  X(IQ1_M)               \
+  X(IQ2_XXS)             \
+  X(IQ2_XS)              \
+  X(IQ2_S)               \
+  X(IQ3_XXS)             \
   X(IQ3_S)
+#define KT_INT_TYPES(X) KT_CODE_TYPES(X) KT_GRID_TYPES(X)
 #define KT_FLOAT_TYPES(X) \
   X(F32)                  \
   X(F16)                  \

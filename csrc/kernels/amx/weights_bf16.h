@@ -76,7 +76,9 @@ struct Bf16Maker {
     constexpr int kQuads = Unpack::kGroup / 4;
     for (int g = 0; g < num_groups; ++g) {
       const Floats group_scale = load_floats(codes.scales[g]);
-      const Floats group_min = Unpack::kSigned ? multiply(group_scale, splat_float(128)) : load_floats(codes.mins[g]);
+      const Floats group_min = Unpack::kHasMin
+                                   ? load_floats(codes.mins[g])
+                                   : multiply(group_scale, splat_float(Unpack::kSigned ? 128 : Unpack::kCenter));
       const __m512h scale = to_pairs(multiply(group_scale, to_scale)), min = to_pairs(multiply(group_min, to_min));
       uint8_t* to = tiles[g * kQuads / 8][which] + g * kQuads % 8 * 2 * kTileRowBytes;
 #pragma GCC unroll 8

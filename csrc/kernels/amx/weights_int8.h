@@ -23,6 +23,12 @@ struct Int8Maker {
   // Of the largest weight in 256ths of a step: what rounding scale and min adds still fits 16 bits.
   static constexpr float kReach = 126.5f * 256;
 
+  // Unsigned code that stands for 0, and how far codes go from it; without mins.
+  static constexpr int kZero = Unpack::kSigned ? 128 : Unpack::kCenter;
+  static constexpr int kReachOfCode = Unpack::kSigned                          ? 128
+                                      : 2 * Unpack::kCenter > Unpack::kMaxCode ? Unpack::kCenter
+                                                                               : Unpack::kMaxCode - Unpack::kCenter;
+
   Codes codes;
 
   static inline Ints in_both_halves(Ints v) {
@@ -40,10 +46,8 @@ struct Int8Maker {
     __mmask16 finite = 0xffff;
     for (int g = 0; g < num_groups; ++g) {
       const Floats scale = load_floats(codes.scales[g]);
-      Floats magnitude;
-      if constexpr (Unpack::kSigned) {
-        magnitude = _mm512_abs_ps(multiply(scale, splat_float(128)));
-      } else {
+      Floats magnitude = _mm512_abs_ps(multiply(scale, splat_float(kReachOfCode)));
+      if constexpr (Unpack::kHasMin) {
         const Floats min = load_floats(codes.mins[g]);
         magnitude = _mm512_max_ps(_mm512_abs_ps(min),
                                   _mm512_abs_ps(_mm512_fmsub_ps(scale, splat_float(Unpack::kMaxCode), min)));
@@ -57,8 +61,8 @@ struct Int8Maker {
     constexpr int kQuads = Unpack::kGroup / 4;
     for (int g = 0; g < num_groups; ++g) {
       const Ints scale = in_both_halves(to_256ths(load_floats(codes.scales[g]), inverse));
-      const Ints min = Unpack::kSigned ? _mm512_slli_epi16(scale, 7)  // codes are 128 more
-                                       : in_both_halves(to_256ths(load_floats(codes.mins[g]), inverse));
+      const Ints min = Unpack::kHasMin ? in_both_halves(to_256ths(load_floats(codes.mins[g]), inverse))
+                                       : _mm512_mullo_epi16(scale, splat(0x00010001 * kZero));
       const Ints offset = _mm512_sub_epi16(min, splat(0x00800080));  // half a step, to round
       uint8_t* to = tiles[g * kQuads / 16][which] + g * kQuads % 16 * kTileRowBytes;
 #pragma GCC unroll 8

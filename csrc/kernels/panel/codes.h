@@ -18,12 +18,12 @@ constexpr int kHalves = kPanelRows / kLanes;  // vectors for the 16 rows of a pa
 // Up to 256 k of a panel, in the first level cache between unpacking and use.
 //   unsigned types: weight = scale * code - min, code 0..Unpack::kMaxCode
 //   signed types:   weight = scale * code, code int8
-// A group (Unpack::kGroup weights of a row, 16 or 32) has one scale and one min. kCenter is the code in the middle;
-// without kHasMin the min is kCenter * scale, so that a weight is scale * (code - kCenter).
+// A group (Unpack::kGroup weights of a row, 16 or 32) has one scale and, with Unpack::kHasMin, one min. kCenter is the
+// code in the middle; unsigned codes without mins are relative to it: weight = scale * (code - kCenter).
 struct alignas(64) Codes {
   uint8_t quads[kMaxCodesK / 4][kPanelRows][4];  // 4 consecutive k of each row
   float scales[kMaxCodesK / 16][kPanelRows];     // [group][row]
-  float mins[kMaxCodesK / 16][kPanelRows];
+  float mins[kMaxCodesK / 16][kPanelRows];       // with kHasMin
 };
 
 // The lanes of one vector of rows within the units of a panel block: unit u of the field at `offset`, vector h.

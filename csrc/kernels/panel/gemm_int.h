@@ -144,9 +144,15 @@ inline Ints first_product(const ActivationBlock32&) {
 #endif
 
 // T tokens times num_groups * 32 k. A group's products, times its scale, less its min, are added to the sums.
+//   with mins:  scale * (x.scale * products) - min * x.sum
+//   relative:   scale * (x.scale * products - kCenter * x.sum)
 template <class Unpack, int T, int kVectors>
 inline void add_chunk(const Tile& tile) {
   constexpr int kParts = 32 / Unpack::kGroup;
+  const auto place = [&](int t, int v) { return tile.sums[v / kHalves][tile.token + t] + v % kHalves * kLanes; };
+  Floats sums[T][kVectors];
+  for (int t = 0; t < T; ++t)
+    for (int v = 0; v < kVectors; ++v) sums[t][v] = load_floats(place(t, v));
   for (int g = 0; g < tile.num_groups; ++g) {
     for (int panel = 0; panel < kVectors / kHalves; ++panel)
       if (tile.ahead[panel] != nullptr) prefetch_group<Unpack>(tile.ahead[panel], g, tile.prefetch);
@@ -162,20 +168,24 @@ inline void add_chunk(const Tile& tile) {
       for (int t = 0; t < T; ++t) {
         const ActivationBlock32& block = tile.x[t][g];
         const Floats x_scale = splat_float(block.scale);
-        const Floats x_sum = splat_float(kParts == 1 ? block.sum : block.half_sums[part]);
+        const float x_sum = kParts == 1 ? block.sum : block.half_sums[part];
+        const Floats min_sum = splat_float(Unpack::kHasMin ? x_sum : Unpack::kCenter * x_sum);
         for (int v = 0; v < kVectors; ++v) {
           const Codes& codes = tile.codes[v / kHalves];
           const int lane = v % kHalves * kLanes;
-          float* sum = tile.sums[v / kHalves][tile.token + t] + lane;
-          const Floats scale = multiply(load_floats(codes.scales[group] + lane), x_scale);
-          Floats total = multiply_add(to_floats(products[t][v]), scale, load_floats(sum));
-          if constexpr (!Unpack::kSigned)
-            total = negative_multiply_add(load_floats(codes.mins[group] + lane), x_sum, total);
-          store_floats(sum, total);
+          const Floats scale = load_floats(codes.scales[group] + lane), product = to_floats(products[t][v]);
+          if constexpr (Unpack::kSigned || Unpack::kHasMin)
+            sums[t][v] = multiply_add(product, multiply(scale, x_scale), sums[t][v]);
+          else
+            sums[t][v] = multiply_add(scale, multiply_subtract(product, x_scale, min_sum), sums[t][v]);
+          if constexpr (Unpack::kHasMin)
+            sums[t][v] = negative_multiply_add(load_floats(codes.mins[group] + lane), min_sum, sums[t][v]);
         }
       }
     }
   }
+  for (int t = 0; t < T; ++t)
+    for (int v = 0; v < kVectors; ++v) store_floats(place(t, v), sums[t][v]);
 }
 
 template <class Unpack, int T, int kVectors>

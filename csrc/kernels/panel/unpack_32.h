@@ -20,9 +20,7 @@ struct UnpackQ4_0 {
 
   static inline void unpack(const uint8_t* block, Codes& codes, int g) {
     for (int h = 0; h < kHalves; ++h) {
-      const Floats d = load_f16(unit<2>(block, 0, 0, h));
-      store_scale(codes, g, h, d);
-      store_min(codes, g, h, multiply(d, splat_float(8)));
+      store_scale(codes, g, h, load_f16(unit<2>(block, 0, 0, h)));
       for (int m = 0; m < 4; ++m) {
         const Ints q = load(unit(block, 2, m, h));
         store_quad(codes, g, m, h, low_nibbles(q));
@@ -75,9 +73,7 @@ struct UnpackQ5_0 {
 
   static inline void unpack(const uint8_t* block, Codes& codes, int g) {
     for (int h = 0; h < kHalves; ++h) {
-      const Floats d = load_f16(unit<2>(block, 0, 0, h));
-      store_scale(codes, g, h, d);
-      store_min(codes, g, h, multiply(d, splat_float(16)));
+      store_scale(codes, g, h, load_f16(unit<2>(block, 0, 0, h)));
       store_quads_5_bits(codes, block, 2, 6, g, h);
     }
   }
@@ -169,9 +165,7 @@ struct UnpackMXFP4 {
 
   static inline void unpack(const uint8_t* block, Codes& codes, int g) {
     for (int h = 0; h < kHalves; ++h) {
-      const Floats d = scale(unit<1>(block, 0, 0, h));
-      store_scale(codes, g, h, d);
-      store_min(codes, g, h, multiply(d, splat_float(12)));
+      store_scale(codes, g, h, scale(unit<1>(block, 0, 0, h)));
       for (int m = 0; m < 4; ++m) {
         const Ints q = load(unit(block, 1, m, h));
         store_quad(codes, g, m, h, look_up(kMxfp4Codes, low_nibbles(q)));

@@ -13,9 +13,8 @@
 namespace kt::KT_ISA_NAMESPACE {
 namespace {
 
-inline void store_group(Codes& codes, int group, int h, Floats scale, Floats offset) {
+inline void store_scale(Codes& codes, int group, int h, Floats scale) {
   store_floats(codes.scales[group] + h * kLanes, scale);
-  store_floats(codes.mins[group] + h * kLanes, multiply(scale, offset));
 }
 
 // d * (bits + 1/2) * fraction, rounded once
@@ -62,7 +61,7 @@ struct UnpackIQ2_XXS {
       for (int g = 0; g < 8; ++g) {
         Ints q = load(unit(block, 2, 2 * g, h));
         const Ints high = load(unit(block, 2, 2 * g + 1, h));
-        store_group(codes, g, h, half_odd_scale(d, shift_right<28>(high), 0.25f), splat_float(kOffsetIQ2));
+        store_scale(codes, g, h, half_odd_scale(d, shift_right<28>(high), 0.25f));
         Ints signs = sign_bytes(high);
         for (int j = 0; j < 4; ++j) {
           store_signed_octet<kOffsetIQ2>(codes, 4 * g + j, h, gather_64(iq2xxs_grid, bit_and(q, splat(255))), signs);
@@ -79,7 +78,7 @@ inline void store_scales_iq2(Codes& codes, const uint8_t* block, int offset, Flo
   for (int word = 0; word < 2; ++word) {
     Ints bits = load(unit(block, offset, word, h));
     for (int i = 0; i < 8; ++i) {
-      store_group(codes, 8 * word + i, h, half_odd_scale(d, bit_and(bits, splat(15)), 0.25f), splat_float(kOffsetIQ2));
+      store_scale(codes, 8 * word + i, h, half_odd_scale(d, bit_and(bits, splat(15)), 0.25f));
       bits = shift_right<4>(bits);
     }
   }
@@ -139,7 +138,7 @@ struct UnpackIQ3_XXS {
       const Floats d = load_f16(unit<2>(block, 0, 0, h));
       for (int g = 0; g < 8; ++g) {
         const Ints high = load(unit(block, 66, g, h));
-        store_group(codes, g, h, half_odd_scale(d, shift_right<28>(high), 0.5f), splat_float(kOffsetIQ3_XXS));
+        store_scale(codes, g, h, half_odd_scale(d, shift_right<28>(high), 0.5f));
         Ints signs = sign_bytes(high);
         for (int i = 0; i < 2; ++i) {
           const Ints q = load(unit(block, 2, 2 * g + i, h)), low_8 = splat(255);
@@ -167,7 +166,7 @@ struct UnpackIQ3_S {
       const Floats d = load_f16(unit<2>(block, 0, 0, h));
       Ints scales = load(unit(block, 106, 0, h)), high = zero_ints();
       for (int g = 0; g < 8; ++g) {
-        store_group(codes, g, h, odd_scale(d, bit_and(scales, splat(15))), splat_float(kOffsetIQ3_S));
+        store_scale(codes, g, h, odd_scale(d, bit_and(scales, splat(15))));
         scales = shift_right<4>(scales);
         if (g % 4 == 0) high = load(unit(block, 66, g / 4, h));  // a bit for each 4 weights
         Ints signs = load(unit(block, 74, g, h));
@@ -213,7 +212,7 @@ struct UnpackIQ1_S {
 
   // high: the group's 16 bits in the upper half of each lane
   static inline void unpack_group(Codes& codes, int g, int h, Floats eighth, Ints q, Ints high) {
-    store_group(codes, g, h, odd_scale(eighth, bit_and(shift_right<28>(high), splat(7))), splat_float(kOffsetIQ1));
+    store_scale(codes, g, h, odd_scale(eighth, bit_and(shift_right<28>(high), splat(7))));
     const Ints plus = iq1_plus(high);
     high = shift_right<16>(high);
     for (int j = 0; j < 4; ++j) {
@@ -249,7 +248,7 @@ struct UnpackIQ1_M {
     for (int i = 0; i < 4; ++i) {
       Ints bits = i % 2 == 0 ? words[i / 2] : shift_right<16>(words[i / 2]);
       for (int j = 0; j < 4; ++j) {
-        store_group(codes, 4 * i + j, h, odd_scale(eighth, bit_and(bits, splat(7))), splat_float(kOffsetIQ1));
+        store_scale(codes, 4 * i + j, h, odd_scale(eighth, bit_and(bits, splat(7))));
         bits = shift_right<3>(bits);
       }
     }

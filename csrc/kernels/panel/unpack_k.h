@@ -80,9 +80,7 @@ struct UnpackQ6_K {
 
   template <int j>
   static inline void store_scale(Codes& codes, Ints bytes, Floats d, int word, int h) {
-    const Floats scale = multiply(d, signed_byte_to_floats<j>(bytes));
-    store_floats(codes.scales[4 * word + j] + h * kLanes, scale);
-    store_floats(codes.mins[4 * word + j] + h * kLanes, multiply(scale, splat_float(32)));
+    store_floats(codes.scales[4 * word + j] + h * kLanes, multiply(d, signed_byte_to_floats<j>(bytes)));
   }
 
   static inline void unpack(const uint8_t* block, Codes& codes, int) {
@@ -160,9 +158,7 @@ struct UnpackQ3_K {
 
   template <int j>
   static inline void store_scale(Codes& codes, Ints bytes, Floats d, int word, int h) {
-    const Floats scale = multiply(d, add(byte_to_floats<j>(bytes), splat_float(-32)));
-    store_floats(codes.scales[4 * word + j] + h * kLanes, scale);
-    store_floats(codes.mins[4 * word + j] + h * kLanes, multiply(scale, splat_float(4)));
+    store_floats(codes.scales[4 * word + j] + h * kLanes, multiply(d, add(byte_to_floats<j>(bytes), splat_float(-32))));
   }
 
   static inline void unpack(const uint8_t* block, Codes& codes, int) {

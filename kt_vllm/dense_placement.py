@@ -11,6 +11,7 @@ from kt_vllm.placement import Decision, Placement
 
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
 _FLAG = "--kt-gpu-quant"
+_KEPT = "attention computes with views of it, and would keep a second copy of one in fewer bits"
 
 
 def settle(placement: Placement, auto: str = QUANTS[0], served: Sequence[str] = QUANTS) -> Placement:
@@ -35,7 +36,10 @@ def _settle(decision: Decision, auto: str, served: Sequence[str]) -> Decision:
     if decision.module.matrix is None:
         return dataclasses.replace(decision, quant=QUANTS[0], why_quant=None)
     wanted = auto if decision.gpu_quant in (None, DEFAULT_GPU_QUANT) else decision.gpu_quant
-    quant, reason = fitting(wanted, *decision.module.matrix, served)
+    if decision.module.kept:
+        quant, reason = QUANTS[0], None if wanted == QUANTS[0] else _KEPT
+    else:
+        quant, reason = fitting(wanted, *decision.module.matrix, served)
     return dataclasses.replace(decision, quant=quant, why_quant=reason)
 
 
@@ -59,10 +63,10 @@ def _refusal(where: str, decisions: Sequence[Decision], dtype: str, served: Sequ
         return None if dtype == "bfloat16" else f"{said} and the model runs in {dtype}; give auto or --dtype bfloat16."
     if dtype == "float32":
         return f"{said} and the model runs in {dtype}, for which there are no kernels; give --dtype bfloat16."
-    if all(decision.module.matrix is None for decision in decisions):
+    if all(decision.module.matrix is None or decision.module.kept for decision in decisions):
         return (
-            f"{said} for {module.name}, and embedding, head, norms and routers stay in the model's type; match linear "
-            "layers, or give auto."
+            f"{said} for {module.name}, and embedding, head, norms, routers and MLA's kv_b_proj stay in the model's "
+            "type; match other linear layers, or give auto."
         )
     return None
 
@@ -85,7 +89,7 @@ def report(placement: Placement) -> list[str]:
 
 
 def device_bytes(placement: Placement, family: ModelFamily, itemsize: int, tensor: int = 1, pipeline: int = 1) -> int:
-    """Of all dense weights on the fullest of the devices, with what vLLM keeps of them twice.
+    """Of all dense weights on the fullest of the devices.
 
     itemsize: bytes a weight in the model's type; tensor, pipeline: devices that share each layer, and the layers.
     """
@@ -100,8 +104,6 @@ def device_bytes(placement: Placement, family: ModelFamily, itemsize: int, tenso
             outside[module.name] = nbytes // (tensor if module.num_weights >= 1 << 16 else 1)
             continue
         stem = module.name.removeprefix(family.layer_prefix.format(layer=module.layer))
-        if module.matrix is not None and stem in family.copied:
-            nbytes += module.matrix[0] * module.matrix[1] * itemsize
         is_cut = module.matrix is not None and stem not in family.replicated
         layers[module.layer] = layers.get(module.layer, 0) + nbytes // (tensor if is_cut else 1)
     return _fullest_stage(outside, [layers[i] for i in sorted(layers)], pipeline)

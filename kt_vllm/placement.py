@@ -37,7 +37,8 @@ class Module:
     """One module of vLLM's model that has weights. layer: None outside the layers.
 
     num_float32: those of num_weights that stay float32; expert_bytes: of one routed expert as in the files;
-    num_experts: 0 for a dense module; matrix: [rows, cols] of a dense module's weight, where it may be quantised.
+    num_experts: 0 for a dense module; matrix: [rows, cols] of a dense module's weight, where it may be quantised, or
+    might if it were not kept (ModelFamily.kept).
     """
 
     name: str
@@ -47,6 +48,7 @@ class Module:
     expert_bytes: int = 0
     num_experts: int = 0
     matrix: tuple[int, int] | None = None
+    kept: bool = False
 
 
 @dataclass(frozen=True)
@@ -196,6 +198,7 @@ def list_modules(plan: CheckpointPlan) -> list[Module]:
         dense[name] = dataclasses.replace(
             seen,
             matrix=matrix or seen.matrix,
+            kept=match is not None and name[match.end() :] in plan.family.kept,
             num_weights=seen.num_weights + tensor.num_weights,
             num_float32=seen.num_float32 + tensor.num_weights * tensor.keep_float32,
         )

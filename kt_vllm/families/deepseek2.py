@@ -68,6 +68,6 @@ FAMILY = ModelFamily(
         ("nextn.", MTP),
     ),
     mtp_reason=MTP,
-    copied=("self_attn.kv_b_proj",),  # MLA's absorbed halves
+    kept=("self_attn.kv_b_proj",),  # MLA's absorbed halves
     replicated=("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"),
 )

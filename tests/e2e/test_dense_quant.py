@@ -22,8 +22,8 @@ def assert_close(result: dict) -> None:
 def test_int4() -> None:
     result, log = score({"enforce_eager": True}, {"gpu_quant": "int4"})
     assert_close(result)
-    assert "dense modules on the device: 32 in int4; embedding, head, norms and routers in the model's type" in log
-    assert log.count("dense linear layers on the device: 24 in int4.") == 1
+    assert "dense modules on the device: 4 in bf16, 28 in int4; embedding, head, norms and routers" in log
+    assert log.count("dense linear layers on the device: 4 in bf16, 20 in int4.") == 1
 
 
 def test_int4_by_rules_and_parts_of_one_weight(tmp_path: Path) -> None:
@@ -35,7 +35,7 @@ def test_int4_by_rules_and_parts_of_one_weight(tmp_path: Path) -> None:
     )
     result, log = score({"enforce_eager": True}, {"rules": str(rules)})
     assert_close(result)
-    assert "dense linear layers on the device: 8 in bf16, 16 in int4." in log
+    assert "dense linear layers on the device: 12 in bf16, 12 in int4." in log
     assert "4 of them are in bf16, as it is one weight with another that is, and q_a_proj was to be in int4" in log
 
 

@@ -70,27 +70,29 @@ inline float rounded_for_tiles(TileFormat format, float x) {
   return format == TileFormat::BF16 ? rounded : bf16_to_f32(f32_to_bf16(rounded * 8.0f) & 0xfffc) / 8.0f;
 }
 
-inline size_t tile_group_bytes(TileFormat, int k) { return size_t(kTileTokens) * k * sizeof(float) + 64; }
+inline size_t tile_group_bytes(TileFormat, int k) { return size_t(kTileTokens) * k * sizeof(float); }
 
-// [k][16 tokens] float32, and which format it is.
+// float32, [k][16 tokens] or [16 tokens][k]: taken for the other format they give nonsense.
+inline size_t group_place(TileFormat format, int i, int token, int k) {
+  return format == TileFormat::BF16 ? size_t(i) * kTileTokens + token : size_t(token) * k + i;
+}
+
 inline void store_tile_row(TileFormat format, const float* x, int k_begin, int n, int k, int token, uint8_t* group) {
   KT_CHECK(k_begin % tile_granule(format) == 0, "activations are stored from ", k_begin, " on");
   KT_CHECK(n % tile_granule(format) == 0 || k_begin + n == k, n, " of ", k, " activations are stored");
   auto* values = reinterpret_cast<float*>(group);
-  for (int i = 0; i < n; ++i) values[size_t(k_begin + i) * kTileTokens + token] = rounded_for_tiles(format, x[i]);
-  group[tile_group_bytes(format, k) - 1] = static_cast<uint8_t>(format);
+  for (int i = 0; i < n; ++i) values[group_place(format, k_begin + i, token, k)] = rounded_for_tiles(format, x[i]);
 }
 
 template <GgmlType type, TileFormat format>
 void panel_tile_gemm(const TileGemmParams& p) {
-  KT_CHECK(p.activations[p.group_bytes - 1] == static_cast<uint8_t>(format), "activations of another format");
   KT_CHECK(p.k_begin % tile_granule(format) == 0, "a part of K from ", p.k_begin, " on");
   std::vector<float> x(p.k);
   for (int row = 0; row < p.num_rows; ++row) {
     const auto weights = panel_row<type>(p.weights + row / kPanelRows * p.panel_bytes, row % kPanelRows, p.k);
     for (int t = 0; t < p.num_tokens; ++t) {
       const auto* group = reinterpret_cast<const float*>(p.activations + t / kTileTokens * p.group_bytes);
-      for (int i = p.k_begin; i < p.k_end; ++i) x[i] = group[size_t(i) * kTileTokens + t % kTileTokens];
+      for (int i = p.k_begin; i < p.k_end; ++i) x[i] = group[group_place(format, i, t % kTileTokens, p.k)];
       float& output = p.output[t * p.output_stride + row];
       output = (p.accumulate ? output : 0.0f) + plain_dot(&weights[p.k_begin], &x[p.k_begin], p.k_end - p.k_begin);
     }

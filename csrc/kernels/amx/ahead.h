@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-#include "kernels/kernel_table.h"
+#include "kernels/amx/activations.h"
 #include "kernels/panel/codes.h"
 
 namespace kt::KT_ISA_NAMESPACE {

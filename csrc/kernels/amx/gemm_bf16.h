@@ -6,8 +6,7 @@
 
 #include <immintrin.h>
 
-#include "kernels/amx/ahead.h"
-#include "kernels/amx/tiles.h"
+#include "kernels/amx/products.h"
 #include "kernels/amx/weights_bf16.h"
 
 namespace kt::KT_ISA_NAMESPACE {
@@ -40,26 +39,6 @@ struct TileSums {
     if constexpr (kTwoPanels) _tile_stored(1, sums + kPanelRows, stride);
     if constexpr (kTwoGroups) _tile_stored(2, below, stride);
     if constexpr (kTwoGroups && kTwoPanels) _tile_stored(3, below + kPanelRows, stride);
-  }
-
-  static inline void add_products(const WeightTiles& weights, const uint8_t* a0, const uint8_t* a1, int num_steps,
-                                  const WeightsAhead& weights_ahead, const ActivationsAhead& activations_ahead) {
-    for (int s = 0; s < num_steps; ++s) {
-      _tile_loadd(6, weights[s][0], kTileRowBytes);
-      _tile_loadd(4, a0 + s * kTileBytes, kTileRowBytes);
-      _tile_dpbf16ps(0, 4, 6);
-      if constexpr (kTwoPanels) {
-        _tile_loadd(7, weights[s][1], kTileRowBytes);
-        _tile_dpbf16ps(1, 4, 7);
-      }
-      if constexpr (kTwoGroups) {
-        _tile_loadd(5, a1 + s * kTileBytes, kTileRowBytes);
-        _tile_dpbf16ps(2, 5, 6);
-        if constexpr (kTwoPanels) _tile_dpbf16ps(3, 5, 7);
-      }
-      weights_ahead.prefetch(s);
-      activations_ahead.prefetch(s);
-    }
   }
 };
 
@@ -121,8 +100,9 @@ inline void tile_gemm_tokens(const TileGemmParams& p, const uint8_t* activations
           else if (starts || moves)
             Tiles::load(to, stride);
           const uint8_t* later = next_a + static_cast<size_t>(token / kTileTokens) * p.group_bytes;
-          Tiles::add_products(tiles, a, a + p.group_bytes, num_steps, ahead,
-                              {{later, two_groups() ? later + p.group_bytes : nullptr}, ahead_of_step});
+          add_products<TileFormat::BF16, two_groups(), two_panels()>(
+              tiles, a, a + p.group_bytes, num_steps, ahead,
+              {{later, two_groups() ? later + p.group_bytes : nullptr}, ahead_of_step}, [](int) {});
           if (ends || moves) Tiles::store(to, stride);
         });
         ahead = {};

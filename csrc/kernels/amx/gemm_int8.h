@@ -8,8 +8,7 @@
 
 #include <immintrin.h>
 
-#include "kernels/amx/ahead.h"
-#include "kernels/amx/tiles.h"
+#include "kernels/amx/products.h"
 #include "kernels/amx/weights_int8.h"
 
 namespace kt::KT_ISA_NAMESPACE {
@@ -48,7 +47,8 @@ inline void scale_products(const Int8Job& job, const Int8Products& products, int
 }
 
 // Multiplies jobs one behind: storing a tile waits for its products and holds up everything behind it, so the tiles of
-// a job are stored one by one where the next job needs them, and its integers scaled between the products of that.
+// a job are stored when the next begins, and its integers scaled between the products of that: a chunk has a step for
+// each tile.
 struct Int8Pipeline {
   Int8Products products;
   Int8Job last;
@@ -78,25 +78,9 @@ struct Int8Pipeline {
   inline void multiply(const Int8Tiles& weights, const uint8_t* a0, const uint8_t* a1, int num_steps,
                        const WeightsAhead& weights_ahead, const ActivationsAhead& activations_ahead) {
     store_tiles();
-    for (int s = 0; s < kInt8Steps; ++s) {
-      if (s < num_steps) {
-        _tile_loadd(6, weights[s][0], kTileRowBytes);
-        _tile_loadd(4, a0 + s * kTileBytes, kTileRowBytes);
-        _tile_dpbssd(0, 4, 6);
-        if constexpr (kTwoPanels) {
-          _tile_loadd(7, weights[s][1], kTileRowBytes);
-          _tile_dpbssd(1, 4, 7);
-        }
-        if constexpr (kTwoGroups) {
-          _tile_loadd(5, a1 + s * kTileBytes, kTileRowBytes);
-          _tile_dpbssd(2, 5, 6);
-          if constexpr (kTwoPanels) _tile_dpbssd(3, 5, 7);
-        }
-        weights_ahead.prefetch(s);
-        activations_ahead.prefetch(s);
-      }
-      scale(s);
-    }
+    add_products<TileFormat::INT8_256, kTwoGroups, kTwoPanels>(weights, a0, a1, num_steps, weights_ahead,
+                                                               activations_ahead, [&](int s) { scale(s); });
+    for (int tile = num_steps; tile < 4; ++tile) scale(tile);
   }
 
   inline void finish() {

@@ -5,14 +5,10 @@
 
 namespace kt::KT_ISA_NAMESPACE {
 
-#define KT_TILE_GEMM(type)                                                                                      \
-  void tile_gemm_bf16_##type(const TileGemmParams& params) { tile_gemm_bf16<Bf16Maker<Unpack##type>>(params); } \
-  void tile_gemm_int8_##type(const TileGemmParams& params) { tile_gemm_int8<Int8Maker<Unpack##type>>(params); }
-
-KT_TILE_GEMM(Q2_K)
-KT_TILE_GEMM(Q3_K)
-KT_TILE_GEMM(Q4_K)
-KT_TILE_GEMM(Q5_K)
-KT_TILE_GEMM(Q6_K)
+KT_DEFINE_TILE_GEMMS(Q2_K)
+KT_DEFINE_TILE_GEMMS(Q3_K)
+KT_DEFINE_TILE_GEMMS(Q4_K)
+KT_DEFINE_TILE_GEMMS(Q5_K)
+KT_DEFINE_TILE_GEMMS(Q6_K)
 
 }  // namespace kt::KT_ISA_NAMESPACE

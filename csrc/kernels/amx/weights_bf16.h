@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-#include "kernels/amx/activations.h"
+#include "kernels/amx/products.h"
 #include "kernels/panel/gemm_float.h"
 #include "kernels/panel/gemm_int.h"
 
@@ -12,8 +12,7 @@ namespace {
 
 constexpr int kStepK = 32;                   // of a tile
 constexpr int kSteps = kMaxCodesK / kStepK;  // of a chunk, whose weights are made into tiles together
-using WeightTile = uint8_t[kTileBytes];
-using WeightTiles = WeightTile[kSteps][2];  // [step][panel]
+using WeightTiles = WeightTile[kSteps][2];   // [step][panel]
 
 // Quantised types, by 16-bit arithmetic: two codes of each of 16 rows in an instruction.
 //

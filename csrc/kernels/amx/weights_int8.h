@@ -3,16 +3,16 @@
 
 #include <immintrin.h>
 
-#include "kernels/amx/activations.h"
+#include "kernels/amx/products.h"
 #include "kernels/panel/gemm_int.h"
 
 namespace kt::KT_ISA_NAMESPACE {
 namespace {
 
 static_assert(kMaxCodesK == kInt8ChunkK);
-constexpr int kInt8Steps = kInt8ChunkK / kInt8TileK;   // tiles of a chunk
-using Int8Tiles = uint8_t[kInt8Steps][2][kTileBytes];  // [step][panel]
-using WeightSteps = float[2][kPanelRows];              // of a chunk, [panel]
+constexpr int kInt8Steps = kInt8ChunkK / kInt8TileK;  // tiles of a chunk
+using Int8Tiles = WeightTile[kInt8Steps][2];          // [step][panel]
+using WeightSteps = float[2][kPanelRows];             // of a chunk, [panel]
 
 // weight = step * int8, the step such that the largest that the row's scales and mins allow in 256 k fits: rounding to
 // it is the error, once for a weight. A code times its scale, less its min, is computed in 16 bits of which 8 are a

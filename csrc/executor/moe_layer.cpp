@@ -270,16 +270,16 @@ void MoELayer::gate_up_vectors(const MoEPiece& piece, const WorkItem& item, cons
 
 void MoELayer::gate_up_tiles(const MoEPiece& piece, const WorkItem& item, const Scratch& scratch) const {
   const TokenGroups::Group& group = piece.groups.group(item.group);
-  const int64_t first_row = int64_t{group.first_tile} * kTileTokens + item.first_token;
+  const int32_t* tile_rows = piece.groups.slot_tile_rows() + group.first_slot + item.first_token;
   const size_t group_bytes = table_.tile_group_bytes(input_tile_format_, hidden_size());
   multiply_tiles({{&gate_, scratch.gate}, {&up_, scratch.up}}, item, group.expert,
-                 {input_tile_format_, piece.workspace->input_tiles() + first_row / kTileTokens * group_bytes,
-                  group_bytes, next_panel(gate_, piece, item)},
+                 {input_tile_format_, piece.workspace->input_tiles() + tile_rows[0] / kTileTokens * group_bytes,
+                  group_bytes, group.tile_slots, next_panel(gate_, piece, item)},
                  kTileStride);
   for (int t = 0; t < item.num_tokens; ++t) {
     float* row = scratch.gate + t * kTileStride;
     table_.silu_mul(row, scratch.up + t * kTileStride, row, item.num_rows);
-    store_tiles(TileFormat::BF16, row, item.first_row, item.num_rows, intermediate_size(), first_row + t,
+    store_tiles(TileFormat::BF16, row, item.first_row, item.num_rows, intermediate_size(), tile_rows[t],
                 piece.workspace->intermediate_tiles());
   }
 }
@@ -313,11 +313,11 @@ void MoELayer::down_vectors(const MoEPiece& piece, const WorkItem& item, float* 
 
 void MoELayer::down_tiles(const MoEPiece& piece, const WorkItem& item, float* output) const {
   const TokenGroups::Group& group = piece.groups.group(item.group);
-  const int64_t first_row = int64_t{group.first_tile} * kTileTokens + item.first_token;
+  const int32_t* tile_rows = piece.groups.slot_tile_rows() + group.first_slot + item.first_token;
   const size_t group_bytes = table_.tile_group_bytes(TileFormat::BF16, intermediate_size());
   multiply_tiles({{&down_, output}}, item, group.expert,
-                 {TileFormat::BF16, piece.workspace->intermediate_tiles() + first_row / kTileTokens * group_bytes,
-                  group_bytes, next_panel(down_, piece, item)},
+                 {TileFormat::BF16, piece.workspace->intermediate_tiles() + tile_rows[0] / kTileTokens * group_bytes,
+                  group_bytes, group.tile_slots, next_panel(down_, piece, item)},
                  piece.passes.stride());
 }
 

@@ -57,6 +57,7 @@ void multiply_tiles(std::initializer_list<TileProduct> products, const WorkItem&
             .accumulate = begin > 0,
             .num_rows = item.num_rows,
             .num_tokens = item.num_tokens,
+            .group_tokens = input.group_tokens,
             .k = k,
             .k_begin = begin,
             .k_end = end,

@@ -25,11 +25,12 @@ struct VectorInput {
 void multiply_vectors(const ExpertWeights& weights, const WorkItem& item, int expert, const VectorInput& input,
                       float* output, int stride);
 
-// Activations on the tile path: groups of 16 tokens each, from the item's first token on.
+// Activations on the tile path: groups of up to 16 tokens each, from the item's first token on.
 struct TileInput {
   TileFormat format;
   const uint8_t* groups;
   size_t group_bytes;
+  int group_tokens;
   const uint8_t* next_weights;  // what is read after the item; nullptr: unknown
 };
 

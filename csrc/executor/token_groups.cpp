@@ -72,7 +72,7 @@ void TokenGroups::lay_out_groups(int num_experts, int tile_min_slots) {
     next_slot_[expert] = num_slots_;
     if (count == 0) continue;
     const bool uses_tiles = count >= tile_min_slots;
-    groups_[num_groups_++] = {expert, num_slots_, count, uses_tiles ? num_tiles_ : -1};
+    groups_[num_groups_++] = {expert, num_slots_, count, uses_tiles ? num_tiles_ : -1, tile_group_tokens(count)};
     num_slots_ += count;
     if (uses_tiles) num_tiles_ += (count + kTileTokens - 1) / kTileTokens;
   }
@@ -89,7 +89,8 @@ void TokenGroups::link_slots() {
     for (int i = 0; i < group.num_slots; ++i) {
       const int slot = group.first_slot + i;
       const int32_t token = tokens_[slot];
-      tile_rows_[slot] = group.uses_tiles() ? group.first_tile * kTileTokens + i : -1;
+      tile_rows_[slot] =
+          group.uses_tiles() ? (group.first_tile + i / group.tile_slots) * kTileTokens + i % group.tile_slots : -1;
       token_slots_[int64_t{token} * top_k_ + num_token_slots_[token]++] = slot;
     }
   }

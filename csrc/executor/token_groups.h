@@ -18,7 +18,8 @@ class TokenGroups {
     int expert;
     int first_slot;
     int num_slots;   // at least 1
-    int first_tile;  // of kTileTokens slots each; -1: computed by the vector kernels
+    int first_tile;  // of tile_slots slots each; -1: computed by the vector kernels
+    int tile_slots;  // at most kTileTokens
     bool uses_tiles() const { return first_tile >= 0; }
   };
 

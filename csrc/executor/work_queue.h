@@ -20,7 +20,7 @@ struct WorkItem {
   int slice;  // of the weights
   int group;  // of the tokens
   int first_row, num_rows;
-  int first_token, num_tokens;  // first_token: from the group's first slot; a multiple of kTileTokens
+  int first_token, num_tokens;  // first_token: from the group's first slot; a multiple of its tile_slots
   // Where the worker's next item begins in the same slice, unless another takes it; next_group -1: unknown.
   int next_group, next_first_row;
 };

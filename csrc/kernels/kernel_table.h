@@ -43,7 +43,7 @@ struct GemmParams {
   Prefetch prefetch = Prefetch::kFar;
 };
 
-inline constexpr int kTileTokens = 16;  // tokens of a group
+inline constexpr int kTileTokens = 16;  // tokens of a group, at most
 inline constexpr int kTileK = 32;       // K of every tile kernel is a multiple of it
 
 // How the tile kernels multiply, and what activations become for it.
@@ -56,19 +56,28 @@ inline constexpr int kNumTileFormats = 2;
 // Activations are stored, and K is cut, at multiples of it.
 constexpr int tile_granule(TileFormat format) { return format == TileFormat::BF16 ? 32 : 256; }
 
+// How many tokens of an expert make a group: as few as give no more groups, since the tile unit takes a group's time by
+// its tokens. All groups but the last have so many.
+constexpr int tile_group_tokens(int num_tokens) {
+  const int num_groups = (num_tokens + kTileTokens - 1) / kTileTokens;
+  return (num_tokens + num_groups - 1) / num_groups;
+}
+
 // The tile kernels, best from TypeKernels::tile_min_tokens tokens on. They want activations of an expert's tokens in
-// groups of 16, whatever the type of the weights, in memory only the table understands.
+// groups of up to 16, whatever the type of the weights, in memory only the table understands.
 struct TileGemmParams {
-  const uint8_t* weights;      // panels of 16 rows
-  size_t panel_bytes;          // from one panel to the next
-  const uint8_t* activations;  // [ceil(num_tokens / 16)] groups, each written by store_tile_row for all of `k`
-  size_t group_bytes;          // from one group to the next: KernelTable::tile_group_bytes of the format
-  float* output;               // [num_tokens, output_stride]; exactly [num_tokens, num_rows] is written
-  size_t output_stride;        // >= num_rows
-  bool accumulate;             // adds to output instead of overwriting it: for a K computed in parts
+  const uint8_t* weights;  // panels of 16 rows
+  size_t panel_bytes;      // from one panel to the next
+  const uint8_t*
+      activations;       // [ceil(num_tokens / group_tokens)] groups, each written by store_tile_row for all of `k`
+  size_t group_bytes;    // from one group to the next: KernelTable::tile_group_bytes of the format
+  float* output;         // [num_tokens, output_stride]; exactly [num_tokens, num_rows] is written
+  size_t output_stride;  // >= num_rows
+  bool accumulate;       // adds to output instead of overwriting it: for a K computed in parts
   int num_rows;
-  int num_tokens;   // at least 1
-  int k;            // of a whole row; a multiple of kTileK and of the type's block size
+  int num_tokens;                  // at least 1
+  int group_tokens = kTileTokens;  // where there are more than 256 tokens: 16
+  int k;                           // of a whole row; a multiple of kTileK and of the type's block size
   int k_begin;      // this call computes [k_begin, k_end): multiples of tile_granule() and of the type's block size,
   int k_end;        // or the end of the row
   int k_ahead = 0;  // and asks for the activations of [k_end, k_ahead), which are wanted soon, if that is anything

@@ -91,8 +91,8 @@ void panel_tile_gemm(const TileGemmParams& p) {
   for (int row = 0; row < p.num_rows; ++row) {
     const auto weights = panel_row<type>(p.weights + row / kPanelRows * p.panel_bytes, row % kPanelRows, p.k);
     for (int t = 0; t < p.num_tokens; ++t) {
-      const auto* group = reinterpret_cast<const float*>(p.activations + t / kTileTokens * p.group_bytes);
-      for (int i = p.k_begin; i < p.k_end; ++i) x[i] = group[group_place(format, i, t % kTileTokens, p.k)];
+      const auto* group = reinterpret_cast<const float*>(p.activations + t / p.group_tokens * p.group_bytes);
+      for (int i = p.k_begin; i < p.k_end; ++i) x[i] = group[group_place(format, i, t % p.group_tokens, p.k)];
       float& output = p.output[t * p.output_stride + row];
       output = (p.accumulate ? output : 0.0f) + plain_dot(&weights[p.k_begin], &x[p.k_begin], p.k_end - p.k_begin);
     }

@@ -167,14 +167,15 @@ void check_tile_gemm(const KernelTable& table, const TypeKernels& kernels, TileF
   const std::vector<float> x = random_floats(static_cast<size_t>(num_tokens) * k, 3.0f);
   const size_t group_bytes = table.tile_group_bytes(format, k);
   const int granule = tile_granule(format);
-  std::vector<uint8_t> storage(group_bytes * ((num_tokens + kTileTokens - 1) / kTileTokens) + 63);
+  const int group_tokens = num_tokens > 256 || random_int(0, 1) == 0 ? kTileTokens : tile_group_tokens(num_tokens);
+  std::vector<uint8_t> storage(group_bytes * ((num_tokens + group_tokens - 1) / group_tokens) + 63);
   for (uint8_t& byte : storage) byte = static_cast<uint8_t>(rng()());  // whatever was there before
   auto* groups = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(storage.data()) + 63) / 64 * 64);
   for (int t = 0; t < num_tokens; ++t)
     for (int begin = 0; begin < k;) {
       const int n = std::min(k - begin, granule * random_int(1, 8));
-      table.store_tile_row(format, x.data() + static_cast<size_t>(t) * k + begin, begin, n, k, t % kTileTokens,
-                           groups + group_bytes * (t / kTileTokens));
+      table.store_tile_row(format, x.data() + static_cast<size_t>(t) * k + begin, begin, n, k, t % group_tokens,
+                           groups + group_bytes * (t / group_tokens));
       begin += n;
     }
   const int stride = num_rows + random_int(0, 5);
@@ -193,6 +194,7 @@ void check_tile_gemm(const KernelTable& table, const TypeKernels& kernels, TileF
     params.accumulate = begin > 0;
     params.num_rows = num_rows;
     params.num_tokens = num_tokens;
+    params.group_tokens = group_tokens;
     params.k = k;
     params.k_begin = begin;
     params.k_end = end;

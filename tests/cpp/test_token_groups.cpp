@@ -59,10 +59,15 @@ void check_second_numbers(const TokenGroups& groups, int num_tokens, int tile_mi
     const bool uses_tiles = group.num_slots >= tile_min_slots;
     CHECK(group.first_tile == (uses_tiles ? tile : -1) && group.uses_tiles() == uses_tiles,
           "group " << g << " has its first tile at " << group.first_tile << ", expected " << tile);
+    const int num_tiles = (group.num_slots + kTileTokens - 1) / kTileTokens;
+    CHECK(group.tile_slots <= kTileTokens && group.tile_slots * num_tiles >= group.num_slots &&
+              (group.tile_slots - 1) * num_tiles < group.num_slots,
+          group.num_slots << " slots as " << num_tiles << " times " << group.tile_slots);
     for (int i = 0; i < group.num_slots; ++i)
-      CHECK(groups.slot_tile_rows()[group.first_slot + i] == (uses_tiles ? tile * kTileTokens + i : -1),
+      CHECK(groups.slot_tile_rows()[group.first_slot + i] ==
+                (uses_tiles ? (tile + i / group.tile_slots) * kTileTokens + i % group.tile_slots : -1),
             "slot " << group.first_slot + i << " in row " << groups.slot_tile_rows()[group.first_slot + i]);
-    if (uses_tiles) tile += (group.num_slots + kTileTokens - 1) / kTileTokens;
+    if (uses_tiles) tile += num_tiles;
   }
   CHECK(groups.num_tiles() == tile, groups.num_tiles() << " tiles, expected " << tile);
   CHECK(static_cast<int>(order.size()) == groups.num_groups(), "the order by size names a group twice");

@@ -30,6 +30,21 @@ SIZES = {"compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16]}}
 FEW = {"gpu_memory_utilization": 0.08, "kv_cache_memory_bytes": 1 << 30}
 # The tiny model has experts in layers 1 to 3.
 TWO_OF_THREE = "rules:\n  - layers: 1-2\n    experts: gpu\n"
+# Two ranks that share a GPU. NCCL refuses that on one host, so each names a host of its own, and they talk
+# through sockets.
+TWO_RANKS = [
+    {
+        "RANK": str(rank),
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29577",
+        "NCCL_HOSTID": f"rank{rank}",
+        "NCCL_SOCKET_IFNAME": "lo",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    }
+    for rank in range(2)
+]
 WATCHDOG_SECONDS = 10.0
 WATCHDOG_SLACK_SECONDS = 5.0
 
@@ -63,25 +78,40 @@ def results(name: str) -> dict[str, Any]:
         "rules": ("score,decode,steps", graphs, {"rules": str(rules)}),
         "tensor_parallel": ("score,decode", {**graphs, "tensor_parallel_size": 2}, {}),
         "pipeline_parallel": ("score,decode", {**graphs, "pipeline_parallel_size": 2}, {}),
+        "ranks": (
+            "score,decode",
+            {
+                **graphs,
+                "tensor_parallel_size": 2,
+                "distributed_executor_backend": "external_launcher",
+                "disable_custom_all_reduce": True,
+            },
+            {},
+        ),
     }[name]
     found: dict[str, Any] = {}
     with tempfile.NamedTemporaryFile("w+", suffix=f"-{name}.log", delete=False) as log:
-        process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "tests.gpu.engine_checks", checks),
-                *("--llm", json.dumps(llm), "--kt", json.dumps(kt)),
-            ],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"},
-            start_new_session=True,
-        )
+        processes = [
+            subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "tests.gpu.engine_checks", checks),
+                    *("--llm", json.dumps(llm), "--kt", json.dumps(kt)),
+                ],
+                stdout=log if rank == 0 else subprocess.DEVNULL,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
+                env={**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", **environment},
+                start_new_session=True,
+            )
+            for rank, environment in enumerate(TWO_RANKS if name == "ranks" else [{}])
+        ]
         try:
-            found["status"] = process.wait(ENGINE_SECONDS)
+            found["status"] = processes[0].wait(ENGINE_SECONDS)
         except subprocess.TimeoutExpired:
             found["status"] = f"still running after {ENGINE_SECONDS} s"
-            os.killpg(process.pid, signal.SIGKILL)
+        for process in processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     found["log"] = Path(log.name).read_text(errors="replace")
     for line in found["log"].splitlines():
@@ -189,6 +219,13 @@ def test_rules_two_of_three_moe_layers_on_the_gpu() -> None:
 def test_rules_make_steps_faster() -> None:
     with_rules, without = result("rules", "steps"), result("graphs", "steps")
     assert with_rules["ms"] < without["ms"], (with_rules, without)
+
+
+def test_ranks_of_a_tensor_parallel_group_that_share_a_gpu() -> None:
+    """What two GPUs do, but for their links: NCCL's all-reduces in graphs, and one copy of the experts."""
+    assert_exact_enough(result("ranks", "score"))
+    check_decode("ranks", None)
+    assert results("ranks")["log"].count("experts of 3 layers run here") == 1
 
 
 @pytest.mark.parametrize("name", ["tensor_parallel", "pipeline_parallel"])

@@ -28,5 +28,9 @@ inline size_t int8_token_steps(int row_k, int k) {
   return int8_tile(row_k) + static_cast<size_t>((k + kInt8ChunkK - 1) / kInt8ChunkK) * kTileTokens * sizeof(float);
 }
 
+// Asks for a line, into the first level cache or the second. By asm: GCC leaves out calls of what only prefetches.
+inline void prefetch_l1(const uint8_t* line) { __asm__ volatile("prefetcht0 %0" : : "m"(*line)); }
+inline void prefetch_l2(const uint8_t* line) { __asm__ volatile("prefetcht1 %0" : : "m"(*line)); }
+
 }  // namespace
 }  // namespace kt::KT_ISA_NAMESPACE

@@ -6,6 +6,7 @@
 
 #include <immintrin.h>
 
+#include "kernels/amx/ahead.h"
 #include "kernels/amx/products.h"
 #include "kernels/amx/weights_bf16.h"
 
@@ -23,8 +24,8 @@ struct TileSums {
   }
 
   // sums: of the first token and row
-  static inline void load(const float* sums, size_t stride) {
-    const float* below = sums + kTileTokens * stride;
+  static inline void load(const float* sums, size_t stride, int group_tokens) {
+    const float* below = sums + group_tokens * stride;
     stride *= sizeof(float);
     _tile_loadd(0, sums, stride);
     if constexpr (kTwoPanels) _tile_loadd(1, sums + kPanelRows, stride);
@@ -32,8 +33,8 @@ struct TileSums {
     if constexpr (kTwoGroups && kTwoPanels) _tile_loadd(3, below + kPanelRows, stride);
   }
 
-  static inline void store(float* sums, size_t stride) {
-    float* below = sums + kTileTokens * stride;
+  static inline void store(float* sums, size_t stride, int group_tokens) {
+    float* below = sums + group_tokens * stride;
     stride *= sizeof(float);
     _tile_stored(0, sums, stride);
     if constexpr (kTwoPanels) _tile_stored(1, sums + kPanelRows, stride);
@@ -60,55 +61,61 @@ struct SumsBeside {
 // Up to kTokensAtOnce tokens.
 template <class Maker>
 inline void tile_gemm_tokens(const TileGemmParams& p, const uint8_t* activations, int num_tokens, float* outputs) {
-  constexpr int kPair = 2 * kTileTokens;
-  alignas(64) WeightTiles tiles;
-  alignas(64) Maker maker;
+  alignas(64) Bf16Tiles tiles[2];
+  alignas(64) Making<Maker> making;
   SumsBeside beside;
-  // Few tokens are all that tiles hold. Of many, the last tile is computed whole: configuring tiles takes as long as
-  // several products.
-  const bool exact = num_tokens <= kPair;
-  const int first = exact && num_tokens < kTileTokens ? num_tokens : kTileTokens;
-  configure_tiles(first, exact ? num_tokens - first : kTileTokens);
-  const int whole_tokens = exact || num_tokens % kTileTokens == 0 ? num_tokens : num_tokens / kPair * kPair;
+  const int pair = 2 * p.group_tokens;
+  configure_tiles(num_tokens, p.group_tokens);
+  const int whole_tokens =
+      num_tokens <= pair || num_tokens % p.group_tokens == 0 ? num_tokens : num_tokens / pair * pair;
   const size_t ahead_of_step = activations_ahead_of_step(p, kTileBytes / kStepK, kSteps);
   const uint8_t* next_a = activations + static_cast<size_t>(p.k_end / kStepK) * kTileBytes;
-  for (int row = 0; row < p.num_rows; row += kRows) {
-    const int num_rows = p.num_rows - row < kRows ? p.num_rows - row : kRows;
-    const bool two_panels = num_rows > kPanelRows;
-    const uint8_t* panel = p.weights + static_cast<size_t>(row / kPanelRows) * p.panel_bytes;
-    float* output = outputs + row;
-    beside.first_token = num_rows % kPanelRows == 0 ? whole_tokens : 0;
-    beside.num_tokens = num_tokens;
-    beside.num_rows = num_rows;
-    if (p.accumulate) beside.load(output, p.output_stride);
-    for (int k = p.k_begin; k < p.k_end; k += kMaxCodesK, next_a += kSteps * ahead_of_step) {
-      const int num_k = p.k_end - k < kMaxCodesK ? p.k_end - k : kMaxCodesK;
-      maker.make(panel, k, num_k, tiles, 0);
-      if (two_panels) maker.make(panel + p.panel_bytes, k, num_k, tiles, 1);
-      const int num_steps = num_k / kStepK;
-      WeightsAhead ahead = weights_ahead<Maker>(p, row, k, kSteps);
-      const uint8_t* a = activations + static_cast<size_t>(k / kStepK) * kTileBytes;
-      for (int token = 0; token < num_tokens; token += kPair, a += 2 * p.group_bytes) {
-        float* to = token < beside.first_token ? output + token * p.output_stride : beside.sums[token];
-        const size_t stride = token < beside.first_token ? p.output_stride : kRows;
-        // The sums of a single pair stay in their tiles.
-        const bool starts = k == p.k_begin, ends = k + num_k == p.k_end, moves = num_tokens > kPair;
-        with_tiles(num_tokens - token > kTileTokens, two_panels, [&](auto two_groups, auto two_panels) {
-          using Tiles = TileSums<two_groups(), two_panels()>;
-          if (starts && !p.accumulate)
-            Tiles::zero();
-          else if (starts || moves)
-            Tiles::load(to, stride);
-          const uint8_t* later = next_a + static_cast<size_t>(token / kTileTokens) * p.group_bytes;
-          add_products<TileFormat::BF16, two_groups(), two_panels()>(
-              tiles, a, a + p.group_bytes, num_steps, ahead,
-              {{later, two_groups() ? later + p.group_bytes : nullptr}, ahead_of_step}, [](int) {});
-          if (ends || moves) Tiles::store(to, stride);
-        });
-        ahead = {};
-      }
+  const int making_token = num_tokens < pair ? 0 : (num_tokens / pair - 1) * pair;  // the last whole pair
+  Chunks<Maker> chunks(p);
+  making.start(chunks.now(), chunks.next(), tiles[0]);
+  making.make_all();
+  for (int s = 0; s < kSteps; ++s) making.prefetch(s);
+  for (int number = 0; chunks.now().exists(); chunks.advance(), number ^= 1, next_a += kSteps * ahead_of_step) {
+    const Chunk& chunk = chunks.now();
+    const int num_steps = chunk.num_k / kStepK;
+    // The sums of a single pair stay in their tiles.
+    const bool starts = chunk.k == p.k_begin, ends = chunk.k + chunk.num_k == p.k_end, moves = num_tokens > pair;
+    float* output = outputs + chunk.row;
+    making.start(chunks.next(), chunks.after(), tiles[number ^ 1]);
+    const bool makes = chunk.is_whole() && chunks.next().is_whole();
+    if (starts) {
+      beside.first_token = chunk.num_rows % kPanelRows == 0 ? whole_tokens : 0;
+      beside.num_tokens = num_tokens;
+      beside.num_rows = chunk.num_rows;
+      if (p.accumulate) beside.load(output, p.output_stride);
     }
-    beside.store(output, p.output_stride);
+    const uint8_t* a = activations + static_cast<size_t>(chunk.k / kStepK) * kTileBytes;
+    for (int token = 0; token < num_tokens; token += pair, a += 2 * p.group_bytes) {
+      float* to = token < beside.first_token ? output + token * p.output_stride : beside.sums[token];
+      const size_t stride = token < beside.first_token ? p.output_stride : kRows;
+      with_flags(num_tokens - token > p.group_tokens, chunk.num_panels() == 2, token == making_token && makes,
+                 [&](auto two_groups, auto two_panels, auto makes) {
+                   using Sums = TileSums<two_groups(), two_panels()>;
+                   if (starts && !p.accumulate)
+                     Sums::zero();
+                   else if (starts || moves)
+                     Sums::load(to, stride, p.group_tokens);
+                   const uint8_t* later = next_a + static_cast<size_t>(token / p.group_tokens) * p.group_bytes;
+                   const ActivationsAhead ahead{{later, two_groups() ? later + p.group_bytes : nullptr}, ahead_of_step};
+                   add_products<TileFormat::BF16, two_groups(), two_panels()>(
+                       tiles[number].tiles, a, a + p.group_bytes, num_steps, [](auto) {},
+                       [&](int s, auto i, auto n) {
+                         if constexpr (makes()) making.template after_product<i(), n()>(s);
+                       },
+                       [&](int s) {
+                         if (token == making_token) making.prefetch(s);
+                         ahead.prefetch(s);
+                       });
+                   if (ends || moves) Sums::store(to, stride, p.group_tokens);
+                 });
+    }
+    if (!makes && chunks.next().exists()) making.make_all();
+    if (ends) beside.store(output, p.output_stride);
   }
   _tile_release();
 }

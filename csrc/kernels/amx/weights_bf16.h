@@ -3,6 +3,7 @@
 
 #include <immintrin.h>
 
+#include "kernels/amx/making.h"
 #include "kernels/amx/products.h"
 #include "kernels/panel/gemm_float.h"
 #include "kernels/panel/gemm_int.h"
@@ -11,8 +12,12 @@ namespace kt::KT_ISA_NAMESPACE {
 namespace {
 
 constexpr int kStepK = 32;                   // of a tile
-constexpr int kSteps = kMaxCodesK / kStepK;  // of a chunk, whose weights are made into tiles together
-using WeightTiles = WeightTile[kSteps][2];   // [step][panel]
+constexpr int kSteps = kMaxCodesK / kStepK;  // of a chunk
+static_assert(kStepK == kPartK);
+
+struct alignas(64) Bf16Tiles {
+  WeightTile tiles[kSteps][2];  // [step][panel]
+};
 
 // Quantised types, by 16-bit arithmetic: two codes of each of 16 rows in an instruction.
 //
@@ -23,6 +28,8 @@ using WeightTiles = WeightTile[kSteps][2];   // [step][panel]
 // weight of the 256 (2^-10 for types whose codes use less of a byte, such as Q2_K).
 template <class Unpack>
 struct Bf16Maker {
+  using Tiles = Bf16Tiles;
+  static constexpr int kSteps = kt::KT_ISA_NAMESPACE::kSteps;
   // Codes are moved up in their bytes as far as they go: that much more range for the exponents of the results.
   static constexpr int kSpareBits = Unpack::kSigned || Unpack::kMaxCode > 127 ? 0
                                     : Unpack::kMaxCode > 63                   ? 1
@@ -39,56 +46,63 @@ struct Bf16Maker {
   static constexpr size_t kChunkBytes = size_t{kPanelRows} * Unpack::kBlockBytes * kMaxCodesK / Unpack::kBlock;
 
   Codes codes;
+  Floats to_scale, to_min;
+  Ints rebias;  // of exponents: from those of float16, relative to the row's largest
 
   static inline __m512h to_pairs(Floats v) {  // as float16, twice in each lane
     const Ints half = _mm512_cvtepu16_epi32(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
     return reinterpret_cast<__m512h>(bit_or(half, shift_left<16>(half)));
   }
 
-  // num_k weights from k on, whole blocks, to tiles[..][which].
-  inline void make(const uint8_t* panel, int k, int num_k, WeightTiles& tiles, int which) {
-    unpack_chunk<Unpack>(panel + static_cast<size_t>(k / Unpack::kBlock) * kPanelRows * Unpack::kBlockBytes, num_k,
-                         codes);
-    const int num_groups = num_k / Unpack::kGroup;
+  // Of num_k weights, whole blocks: unpacks them, and finds the largest scales.
+  __attribute__((always_inline)) inline void begin(const uint8_t* blocks, int num_k, Tiles&, int) {
+    unpack_chunk<Unpack>(blocks, num_k, codes);
     Floats largest = splat_float(0x1p-110f);
     __mmask16 finite = 0xffff;
     const auto take = [&](Floats magnitude) {
       finite &= _mm512_cmp_ps_mask(magnitude, splat_float(__builtin_inff()), _CMP_LT_OQ);
       largest = _mm512_max_ps(largest, magnitude);
     };
-    for (int g = 0; g < num_groups; ++g) {
+    for (int g = 0; g < num_k / Unpack::kGroup; ++g) {
       take(_mm512_abs_ps(load_floats(codes.scales[g])));
       if constexpr (Unpack::kHasMin) take(multiply(_mm512_abs_ps(load_floats(codes.mins[g])), splat_float(0x1p-7f)));
     }
     largest = _mm512_min_ps(largest, splat_float(0x1p110f));
     const Ints exponent = bit_and(as_ints(largest), splat(0x7f800000));
     const Floats inverse = as_floats(_mm512_sub_epi32(splat(0x7f000000), exponent));
-    const Floats to_scale = multiply(inverse, splat_float(kMeanCut * kUnit * (1 << (24 - kSpareBits))));
-    const Floats to_min = multiply(inverse, splat_float(-kMeanCut * kUnit));
+    to_scale = multiply(inverse, splat_float(kMeanCut * kUnit * (1 << (24 - kSpareBits))));
+    to_min = multiply(inverse, splat_float(-kMeanCut * kUnit));
     // Biases of exponents: 127 of the power and of the results, 15 of float16.
     const Ints low = _mm512_sub_epi32(shift_right<16>(exponent), splat((5 + kSpareBits) << 7));
     // Where a scale is none, what must come out as none does so with the largest exponent.
-    const Ints rebias = _mm512_mask_mov_epi32(splat(0x70007000), finite, bit_or(low, shift_left<16>(low)));
+    rebias = _mm512_mask_mov_epi32(splat(0x70007000), finite, bit_or(low, shift_left<16>(low)));
+  }
+
+  // The weights of a part, to tiles.
+  inline void fill_last_tile(Tiles&, int) {}
+
+  __attribute__((always_inline)) inline void make(int part, Tiles& to, int panel) {
+    constexpr int kQuads = Unpack::kGroup / 4, kGroups = kPartK / Unpack::kGroup;
+    const Ints bias = rebias;
     const auto to_bf16 = [&](__m512h v) {
-      return _mm512_add_epi16(bit_and(_mm512_srai_epi16(reinterpret_cast<__m512i>(v), 3), splat(0x8fff8fff)), rebias);
+      return _mm512_add_epi16(bit_and(_mm512_srai_epi16(reinterpret_cast<__m512i>(v), 3), splat(0x8fff8fff)), bias);
     };
-    constexpr int kQuads = Unpack::kGroup / 4;
-    for (int g = 0; g < num_groups; ++g) {
+    uint8_t* row = to.tiles[part][panel];
+    for (int g = part * kGroups; g < (part + 1) * kGroups; ++g) {
       const Floats group_scale = load_floats(codes.scales[g]);
       const Floats group_min = Unpack::kHasMin
                                    ? load_floats(codes.mins[g])
                                    : multiply(group_scale, splat_float(Unpack::kSigned ? 128 : Unpack::kCenter));
       const __m512h scale = to_pairs(multiply(group_scale, to_scale)), min = to_pairs(multiply(group_min, to_min));
-      uint8_t* to = tiles[g * kQuads / 8][which] + g * kQuads % 8 * 2 * kTileRowBytes;
 #pragma GCC unroll 8
-      for (int q = 0; q < kQuads; ++q, to += 2 * kTileRowBytes) {
+      for (int q = 0; q < kQuads; ++q, row += 2 * kTileRowBytes) {
         Ints quads = load(codes.quads[g * kQuads + q]);
         if constexpr (Unpack::kSigned) quads = bit_xor(quads, splat(0x80808080));
         if constexpr (kSpareBits > 0) quads = shift_left<kSpareBits>(quads);
         const auto even = reinterpret_cast<__m512h>(bit_and(quads, splat(0x00ff00ff)));
         const auto odd = reinterpret_cast<__m512h>(_mm512_srli_epi16(quads, 8));
-        store(to, to_bf16(_mm512_fmadd_ph(even, scale, min)));
-        store(to + kTileRowBytes, to_bf16(_mm512_fmadd_ph(odd, scale, min)));
+        store(row, to_bf16(_mm512_fmadd_ph(even, scale, min)));
+        store(row + kTileRowBytes, to_bf16(_mm512_fmadd_ph(odd, scale, min)));
       }
     }
   }
@@ -97,6 +111,8 @@ struct Bf16Maker {
 // Float types.
 template <class Weights>
 struct FloatMaker {
+  using Tiles = Bf16Tiles;
+  static constexpr int kSteps = kt::KT_ISA_NAMESPACE::kSteps;
   static constexpr size_t kChunkBytes = size_t{kPanelRows} * Weights::kBytes * kMaxCodesK;
 
   static inline Ints pairs(Floats first, Floats second) {  // rounded to nearest even
@@ -105,13 +121,19 @@ struct FloatMaker {
     return _mm512_permutexvar_epi16(interleave, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first)));
   }
 
-  inline void make(const uint8_t* panel, int k, int num_k, WeightTiles& tiles, int which) {
+  const uint8_t* blocks;
+
+  __attribute__((always_inline)) inline void begin(const uint8_t* blocks, int, Tiles&, int) { this->blocks = blocks; }
+
+  inline void fill_last_tile(Tiles&, int) {}
+
+  __attribute__((always_inline)) inline void make(int part, Tiles& to, int panel) {
     constexpr size_t kStep = size_t{kPanelRows} * Weights::kBytes;
-    const uint8_t* rows = panel + static_cast<size_t>(k) * kStep;
-    for (int quad = 0; quad < num_k / 4; ++quad, rows += 4 * kStep) {
-      uint8_t* to = tiles[quad / 8][which] + quad % 8 * 2 * kTileRowBytes;
-      store(to, pairs(Weights::load_rows(rows), Weights::load_rows(rows + 2 * kStep)));
-      store(to + kTileRowBytes, pairs(Weights::load_rows(rows + kStep), Weights::load_rows(rows + 3 * kStep)));
+    const uint8_t* rows = blocks + static_cast<size_t>(part) * kPartK * kStep;
+    uint8_t* row = to.tiles[part][panel];
+    for (int quad = 0; quad < kPartK / 4; ++quad, rows += 4 * kStep, row += 2 * kTileRowBytes) {
+      store(row, pairs(Weights::load_rows(rows), Weights::load_rows(rows + 2 * kStep)));
+      store(row + kTileRowBytes, pairs(Weights::load_rows(rows + kStep), Weights::load_rows(rows + 3 * kStep)));
     }
   }
 };

@@ -78,9 +78,10 @@ struct Bf16Maker {
     rebias = _mm512_mask_mov_epi32(splat(0x70007000), finite, bit_or(low, shift_left<16>(low)));
   }
 
-  // The weights of a part, to tiles.
+  // A part is a tile: nothing to fill.
   inline void fill_last_tile(Tiles&, int) {}
 
+  // The weights of a part, to its tile.
   __attribute__((always_inline)) inline void make(int part, Tiles& to, int panel) {
     constexpr int kQuads = Unpack::kGroup / 4, kGroups = kPartK / Unpack::kGroup;
     const Ints bias = rebias;

@@ -12,6 +12,14 @@
 
 #include "kernels/kernel_table.h"
 
+// Of functions that a dozen places call, more than GCC inlines by itself. With sanitizers that takes minutes to
+// compile.
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define KT_FORCE_INLINE __attribute__((noinline))
+#else
+#define KT_FORCE_INLINE __attribute__((always_inline)) inline
+#endif
+
 namespace kt::KT_ISA_NAMESPACE {
 namespace {
 

@@ -42,7 +42,7 @@ class Chunks {
 
  private:
   // To the chunk at row and k, which exists.
-  __attribute__((always_inline)) inline void set(Chunk& chunk, int row, int k) const {
+  KT_FORCE_INLINE void set(Chunk& chunk, int row, int k) const {
     const int rows = p_.num_rows - row;
     const uint8_t* panel = p_.weights + static_cast<size_t>(row / kPanelRows) * p_.panel_bytes;
     chunk.row = row;
@@ -53,17 +53,17 @@ class Chunks {
   }
 
   // To one past the last row: of what the next call reads only the place is known.
-  __attribute__((always_inline)) inline void set_past(Chunk& chunk, const uint8_t* panel) const {
+  KT_FORCE_INLINE void set_past(Chunk& chunk, const uint8_t* panel) const {
     chunk.num_rows = chunk.num_k = 0;
     set_panels(chunk, panel, p_.num_rows);
   }
 
-  __attribute__((always_inline)) inline void set_panels(Chunk& chunk, const uint8_t* panel, int rows) const {
+  KT_FORCE_INLINE void set_panels(Chunk& chunk, const uint8_t* panel, int rows) const {
     chunk.panels[0] = panel;
     chunk.panels[1] = panel != nullptr && rows > kPanelRows ? panel + p_.panel_bytes : nullptr;
   }
 
-  __attribute__((always_inline)) inline void set_after(int number) {
+  KT_FORCE_INLINE void set_after(int number) {
     const Chunk& chunk = chunks_[number];
     Chunk& after = chunks_[(number + 1) % 3];
     if (!chunk.exists())

@@ -37,7 +37,7 @@ struct Int8Pipeline {
   int group_tokens;  // of a whole group
 
   // output += step of the row * step of the token * products.
-  __attribute__((always_inline)) inline void scale(int tile) {
+  KT_FORCE_INLINE void scale(int tile) {
     const int group = tile / 2, panel = tile % 2;
     const Int8Job& job = *last;
     const int rows = job.num_rows - panel * kPanelRows, rest = job.num_tokens - group * group_tokens;

@@ -55,7 +55,7 @@ struct Bf16Maker {
   }
 
   // Of num_k weights, whole blocks: unpacks them, and finds the largest scales.
-  __attribute__((always_inline)) inline void begin(const uint8_t* blocks, int num_k, Tiles&, int) {
+  KT_FORCE_INLINE void begin(const uint8_t* blocks, int num_k, Tiles&, int) {
     unpack_chunk<Unpack>(blocks, num_k, codes);
     Floats largest = splat_float(0x1p-110f);
     __mmask16 finite = 0xffff;
@@ -82,7 +82,7 @@ struct Bf16Maker {
   inline void fill_last_tile(Tiles&, int) {}
 
   // The weights of a part, to its tile.
-  __attribute__((always_inline)) inline void make(int part, Tiles& to, int panel) {
+  KT_FORCE_INLINE void make(int part, Tiles& to, int panel) {
     constexpr int kQuads = Unpack::kGroup / 4, kGroups = kPartK / Unpack::kGroup;
     const Ints bias = rebias;
     const auto to_bf16 = [&](__m512h v) {
@@ -124,11 +124,11 @@ struct FloatMaker {
 
   const uint8_t* blocks;
 
-  __attribute__((always_inline)) inline void begin(const uint8_t* blocks, int, Tiles&, int) { this->blocks = blocks; }
+  KT_FORCE_INLINE void begin(const uint8_t* blocks, int, Tiles&, int) { this->blocks = blocks; }
 
   inline void fill_last_tile(Tiles&, int) {}
 
-  __attribute__((always_inline)) inline void make(int part, Tiles& to, int panel) {
+  KT_FORCE_INLINE void make(int part, Tiles& to, int panel) {
     constexpr size_t kStep = size_t{kPanelRows} * Weights::kBytes;
     const uint8_t* rows = blocks + static_cast<size_t>(part) * kPartK * kStep;
     uint8_t* row = to.tiles[part][panel];

@@ -48,7 +48,7 @@ struct Int8Maker {
   static inline Ints to_256ths(Floats v, Floats inverse) { return _mm512_cvtps_epi32(multiply(v, inverse)); }
 
   // Of num_k weights, whole blocks: unpacks them, and finds the steps.
-  __attribute__((always_inline)) inline void begin(const uint8_t* blocks, int num_k, Tiles& to, int panel) {
+  KT_FORCE_INLINE void begin(const uint8_t* blocks, int num_k, Tiles& to, int panel) {
     this->num_k = num_k;
     unpack_chunk<Unpack>(blocks, num_k, codes);
     Floats largest = splat_float(0x1p-100f);
@@ -70,7 +70,7 @@ struct Int8Maker {
   }
 
   // The weights of a part, to its half of a tile.
-  __attribute__((always_inline)) inline void make(int part, Tiles& to, int panel) {
+  KT_FORCE_INLINE void make(int part, Tiles& to, int panel) {
     constexpr int kQuads = Unpack::kGroup / 4, kGroups = kPartK / Unpack::kGroup;
     uint8_t* row = to.tiles[part / 2][panel] + part % 2 * (kTileBytes / 2);
     for (int g = part * kGroups; g < (part + 1) * kGroups; ++g) {

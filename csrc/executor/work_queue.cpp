@@ -48,7 +48,8 @@ void WorkQueue::fill_list(List& list, const TokenGroups& groups, const ItemLimit
     const int g = groups.groups_by_size()[i];
     const TokenGroups::Group& group = groups.group(g);
     const int64_t block_tokens =
-        ceil_div(ceil_div(group.num_slots, ceil_div(group.num_slots, kMaxItemTokens)), kTileTokens) * kTileTokens;
+        ceil_div(ceil_div(group.num_slots, ceil_div(group.num_slots, kMaxItemTokens)), group.tile_slots) *
+        group.tile_slots;
     const int64_t num_blocks = ceil_div(group.num_slots, block_tokens);
     const int64_t granule = group.uses_tiles() ? limits.tile_granule : limits.vector_granule;
     const int64_t max_rows = group.uses_tiles() ? kMaxItemRows / granule * granule : limits.max_vector_rows;

@@ -66,14 +66,13 @@ constexpr int tile_group_tokens(int num_tokens) {
 // The tile kernels, best from TypeKernels::tile_min_tokens tokens on. They want activations of an expert's tokens in
 // groups of up to 16, whatever the type of the weights, in memory only the table understands.
 struct TileGemmParams {
-  const uint8_t* weights;  // panels of 16 rows
-  size_t panel_bytes;      // from one panel to the next
-  const uint8_t*
-      activations;       // [ceil(num_tokens / group_tokens)] groups, each written by store_tile_row for all of `k`
-  size_t group_bytes;    // from one group to the next: KernelTable::tile_group_bytes of the format
-  float* output;         // [num_tokens, output_stride]; exactly [num_tokens, num_rows] is written
-  size_t output_stride;  // >= num_rows
-  bool accumulate;       // adds to output instead of overwriting it: for a K computed in parts
+  const uint8_t* weights;      // panels of 16 rows
+  size_t panel_bytes;          // from one panel to the next
+  const uint8_t* activations;  // groups of group_tokens, the last of fewer, written by store_tile_row for all of `k`
+  size_t group_bytes;          // from one group to the next: KernelTable::tile_group_bytes of the format
+  float* output;               // [num_tokens, output_stride]; exactly [num_tokens, num_rows] is written
+  size_t output_stride;        // >= num_rows
+  bool accumulate;             // adds to output instead of overwriting it: for a K computed in parts
   int num_rows;
   int num_tokens;                  // at least 1
   int group_tokens = kTileTokens;  // where there are more than 256 tokens: 16

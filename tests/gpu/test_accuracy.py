@@ -4,6 +4,7 @@ Each configuration is one engine, asked everything at once by engine_checks.py; 
 word of a test's name is the engine it asks: -k test_graphs starts one.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -30,8 +31,7 @@ SIZES = {"compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16]}}
 FEW = {"gpu_memory_utilization": 0.08, "kv_cache_memory_bytes": 1 << 30}
 # The tiny model has experts in layers 1 to 3.
 TWO_OF_THREE = "rules:\n  - layers: 1-2\n    experts: gpu\n"
-# Two ranks that share a GPU. NCCL refuses that on one host, so each names a host of its own, and they talk
-# through sockets.
+# Two ranks that share a GPU. NCCL refuses that on one host, so each names a host of its own; they talk by sockets.
 TWO_RANKS = [
     {
         "RANK": str(rank),
@@ -41,7 +41,6 @@ TWO_RANKS = [
         "MASTER_PORT": "29577",
         "NCCL_HOSTID": f"rank{rank}",
         "NCCL_SOCKET_IFNAME": "lo",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }
     for rank in range(2)
 ]
@@ -90,20 +89,25 @@ def results(name: str) -> dict[str, Any]:
         ),
     }[name]
     found: dict[str, Any] = {}
-    with tempfile.NamedTemporaryFile("w+", suffix=f"-{name}.log", delete=False) as log:
+    environments = TWO_RANKS if name == "ranks" else [{}]
+    with contextlib.ExitStack() as files:
+        logs = [
+            files.enter_context(tempfile.NamedTemporaryFile("w+", suffix=f"-{name}.log", delete=False))
+            for _ in environments
+        ]
         processes = [
             subprocess.Popen(
                 [
                     *(sys.executable, "-m", "tests.gpu.engine_checks", checks),
                     *("--llm", json.dumps(llm), "--kt", json.dumps(kt)),
                 ],
-                stdout=log if rank == 0 else subprocess.DEVNULL,
+                stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=ROOT,
                 env={**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", **environment},
                 start_new_session=True,
             )
-            for rank, environment in enumerate(TWO_RANKS if name == "ranks" else [{}])
+            for log, environment in zip(logs, environments, strict=True)
         ]
         try:
             found["status"] = processes[0].wait(ENGINE_SECONDS)
@@ -113,8 +117,9 @@ def results(name: str) -> dict[str, Any]:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    found["log"] = Path(log.name).read_text(errors="replace")
-    for line in found["log"].splitlines():
+    texts = [Path(log.name).read_text(errors="replace") for log in logs]
+    found["log"] = "".join(texts)
+    for line in texts[0].splitlines():
         if line.startswith("CHECK "):
             found |= json.loads(line.removeprefix("CHECK "))
     figures = {key: value for key, value in found.items() if key != "log"}

@@ -124,9 +124,7 @@ inline void tile_gemm_int8_tokens(const TileGemmParams& p, const uint8_t* group,
   const uint8_t* next_a = group + int8_tile(p.k_end);
   const int making_token = num_tokens < pair ? 0 : (num_tokens / pair - 1) * pair;  // the last whole pair
   Chunks<Maker> chunks(p);
-  making.start(chunks.now(), chunks.next(), tiles[0]);
-  making.make_all();
-  for (int s = 0; s < kInt8Steps; ++s) making.prefetch(s);
+  making.make_first(chunks.now(), chunks.next(), tiles[0]);
   for (int number = 0; chunks.now().exists(); chunks.advance(), number ^= 1, next_a += kInt8Steps * ahead_of_step) {
     const Chunk& chunk = chunks.now();
     const int num_steps = (chunk.num_k + kInt8TileK - 1) / kInt8TileK;

@@ -49,6 +49,13 @@ class Making {
     }
   }
 
+  // The first chunk of a call, which has no products before it.
+  inline void make_first(const Chunk& chunk, const Chunk& later, Tiles& tiles) {
+    start(chunk, later, tiles);
+    make_all();
+    for (int s = 0; s < kSteps; ++s) prefetch(s);
+  }
+
   // After step s: asks for a share of what is made later.
   inline void prefetch(int s) const {
     constexpr size_t kBytes = Maker::kChunkBytes / kSteps;

@@ -21,7 +21,7 @@ The files in the order a request meets them:
     dense_placement  what flag and rules come to for each
     gpu_memory       what else a GPU has to hold
     explain     `kt-vllm explain`: the table of it
-    dense_methods    vLLM's linear layers in fp8 and int4
+    dense_methods    vLLM's linear layers and head in fp8 and int4
     int4        weights as integers of 4 bits
     loader      dense tensors to vLLM, experts to the executor
     layer       RoutedExperts: submit, shared experts, wait

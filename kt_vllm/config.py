@@ -55,7 +55,8 @@ class LayerPlacement:
 class DensePlacement:
     """Dense modules that vLLM's device does not keep in the model's own type: fp8 or int4, see dense_quant.py.
 
-    module: name with {} for the layer, as in "model.layers.{}.self_attn.o_proj".
+    module: name with {} for the layer, as in "model.layers.{}.self_attn.o_proj"; layers: empty for a module that is in
+    none, as the head.
     """
 
     module: str
@@ -64,6 +65,11 @@ class DensePlacement:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of every module, as vLLM's model has it."""
+        return tuple(self.module.format(layer) for layer in self.layers) or (self.module,)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,8 +98,9 @@ class KTConfig:
         metavar="auto|off|LIST",
     )
     gpu_quant: str = _flag(
-        "Dense weights on the GPU: bf16 (the model's type), fp8 or int4; auto takes the most exact of them that leaves "
-        "room for the KV cache of one sequence of --max-model-len, or --kv-cache-memory-bytes.",
+        "Dense weights on the GPU: bf16 (the model's type), fp8 or int4, the head one step more exact; auto takes the "
+        "most exact of them that leaves room for the KV cache of one sequence of --max-model-len, or "
+        "--kv-cache-memory-bytes.",
         default=DEFAULT_GPU_QUANT,
         metavar="|".join((DEFAULT_GPU_QUANT, *QUANTS)),
     )

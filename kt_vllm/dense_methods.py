@@ -1,12 +1,13 @@
 """Dense weights on vLLM's device in fp8 or int4, each quantised as soon as it is complete.
 
-vLLM builds a linear layer through its quantisation config, so ours, DenseQuantConfig, hands out a method for each
-layer. Both methods are vLLM's online ones: the weight stands on "meta" until all its parts have come from the GGUF, in
-the model's type and in host memory; then it goes to the device, is quantised, and only the result stays there.
+vLLM builds linear layers and the head through its quantisation config, so ours, DenseQuantConfig, hands out a method
+for each. Both methods are vLLM's online ones: the weight stands on "meta" until all its parts have come from the GGUF,
+in the model's type and in host memory; then it goes to the device, is quantised, and only the result stays there.
 
 Weights alone are quantised, never activations: Marlin multiplies both kinds with activations in the model's type.
 """
 
+from math import ceil
 from typing import Any
 
 import torch
@@ -19,13 +20,16 @@ from vllm.model_executor.kernels.linear.scaled_mm import MarlinFP8ScaledMMLinear
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.quantization.online.fp8 import Fp8PerBlockOnlineLinearMethod, OnlineLinearBase
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.parameter import GroupQuantScaleParameter, PackedvLLMParameter
+from vllm.model_executor.utils import replace_parameter
 from vllm.platforms import current_platform
 from vllm.scalar_type import scalar_types
+from vllm.utils.deep_gemm import per_block_cast_to_fp8
 
 from kt_vllm import int4
 from kt_vllm.config import KTConfig
-from kt_vllm.dense_quant import INT4_GROUP, QUANTS, fitting
+from kt_vllm.dense_quant import FP8_BLOCK, INT4_GROUP, QUANTS, fitting
 from kt_vllm.errors import ConfigError
 from kt_vllm.log import init_logger
 
@@ -34,6 +38,10 @@ logger = init_logger(__name__)
 DENSE_QUANTIZATION = "kt_dense"
 # vLLM looks for the first where it wants to know a weight's device.
 _INT4_NAMES = ("weight_packed", "weight_scale", "weight_zero_point")
+# What Marlin's fp8 kernel takes the scales of blocks from.
+_FP8_SCALE = "weight_scale_inv"
+# Weights that vLLM casts to fp8 at once, with 10 bytes each beside them: 160 MiB.
+_FP8_CHUNK = 16 << 20
 
 
 def served_quants() -> tuple[str, ...]:
@@ -50,6 +58,7 @@ class DenseQuantConfig(QuantizationConfig):
         super().__init__()
         self._quants: dict[str, str] | None = None
         self._built: dict[str, int] = {}
+        self._head: str | None = None
         self._not_as_asked: dict[tuple[str, str], list[str]] = {}
 
     @classmethod
@@ -73,8 +82,9 @@ class DenseQuantConfig(QuantizationConfig):
         raise ConfigError(f"quantization {DENSE_QUANTIZATION!r} is chosen by --kt-gpu-quant; give that instead.")
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """None (vLLM's own, in the model's type) for all but linear layers."""
-        if not isinstance(layer, LinearBase):
+        """None (vLLM's own, in the model's type) for all but linear layers and a head that is in fewer bits."""
+        is_head = isinstance(layer, ParallelLMHead)
+        if not is_head and not isinstance(layer, LinearBase):
             return None
         wanted = self._wanted(prefix)
         # Whatever its class: with tensor parallelism a device has a part of the columns, or of the rows.
@@ -82,7 +92,12 @@ class DenseQuantConfig(QuantizationConfig):
         quant, reason = fitting(wanted, sum(layer.output_partition_sizes), cols, served_quants())
         if reason is not None:
             self._not_as_asked.setdefault((quant, reason), []).append(prefix)
-        self._built[quant] = self._built.get(quant, 0) + 1
+        if is_head:
+            self._head = quant
+            if quant == QUANTS[0]:  # one that may be tied to the embedding, as no linear method's is
+                return None
+        else:
+            self._built[quant] = self._built.get(quant, 0) + 1
         methods: dict[str, type[LinearMethodBase]] = {
             "bf16": UnquantizedLinearMethod,
             "fp8": Fp8OnlineLinearMethod,
@@ -95,9 +110,10 @@ class DenseQuantConfig(QuantizationConfig):
         if self._quants is None:
             config = KTConfig.from_vllm_config(get_current_vllm_config())
             entries = () if config is None else config.dense
-            self._quants = {entry.module.format(layer): entry.quant for entry in entries for layer in entry.layers}
-        parent, _, last = prefix.rpartition(".")
-        parts = [f"{parent}.{part}" for part in self.packed_modules_mapping.get(last, [last])]
+            self._quants = {name: entry.quant for entry in entries for name in entry.names}
+        last = prefix.rpartition(".")[2]
+        parent = prefix.removesuffix(last)
+        parts = [parent + part for part in self.packed_modules_mapping.get(last, [last])]
         quants = {part: self._quants.get(part, QUANTS[0]) for part in parts}
         best = min(quants.values(), key=QUANTS.index)
         for part, quant in quants.items():
@@ -108,8 +124,9 @@ class DenseQuantConfig(QuantizationConfig):
 
     def report(self) -> list[str]:
         """Lines for the log: what was built, and what is not as it was asked for."""
-        counts = ", ".join(f"{count} in {quant}" for quant, count in sorted(self._built.items()))
-        lines = [f"dense linear layers on the device: {counts}."]
+        counts = ", ".join(f"{count} in {quant}" for quant, count in sorted(self._built.items())) or "none"
+        head = "" if self._head is None else f"; the head in {self._head}"
+        lines = [f"dense linear layers on the device: {counts}{head}."]
         for (quant, reason), names in self._not_as_asked.items():
             lines.append(f"{len(names)} of them are in {quant}, as {reason}: {', '.join(names[:4])}.")
         return lines
@@ -144,6 +161,7 @@ class Fp8OnlineLinearMethod(Fp8PerBlockOnlineLinearMethod):
             params_dtype,
             **extra_weight_attrs,
         )
+        _leave_padding_out(layer)
         layer.weight_block_size = self.weight_block_size
         self.fp8_linear = init_fp8_linear_kernel(
             activation_quant_key=self.activation_quant_key,
@@ -155,6 +173,25 @@ class Fp8OnlineLinearMethod(Fp8PerBlockOnlineLinearMethod):
         )
         if not isinstance(self.fp8_linear, MarlinFP8ScaledMMLinearKernel):
             raise ConfigError("vLLM's Marlin cannot compute fp8 weights on this GPU; give --kt-gpu-quant bf16 or int4.")
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """The parent's numbers, some rows at a time: all of DeepSeek-R1's head would take 9 GB for the moment."""
+        # vLLM calls this when the weight is complete, and again for all layers at the end.
+        if _FP8_SCALE in layer._parameters:
+            return
+        weight = self.get_weight_for_quantization(layer)
+        rows, cols = weight.shape
+        codes = torch.empty_like(weight, dtype=current_platform.fp8_dtype())
+        scale = weight.new_empty(ceil(rows / FP8_BLOCK), ceil(cols / FP8_BLOCK), dtype=torch.float32)
+        blocks = max(1, _FP8_CHUNK // (cols * FP8_BLOCK))
+        for first in range(0, len(scale), blocks):
+            part = slice(first * FP8_BLOCK, (first + blocks) * FP8_BLOCK)
+            codes[part], scale[first : first + blocks] = per_block_cast_to_fp8(weight[part], self.weight_block_size)
+        replace_parameter(layer, "weight", codes)
+        replace_parameter(layer, _FP8_SCALE, scale)
+        del codes, scale
+        _release(weight)
+        self.fp8_linear.process_weights_after_loading(layer)
 
 
 class Int4OnlineLinearMethod(OnlineLinearBase):
@@ -190,6 +227,7 @@ class Int4OnlineLinearMethod(OnlineLinearBase):
             params_dtype,
             **extra_weight_attrs,
         )
+        _leave_padding_out(layer)
         config = MPLinearLayerConfig(
             full_weight_shape=(input_size, output_size),
             partition_weight_shape=(input_size_per_partition, sum(output_partition_sizes)),
@@ -212,18 +250,31 @@ class Int4OnlineLinearMethod(OnlineLinearBase):
         # vLLM calls this when the weight is complete, and again for all layers at the end.
         if _INT4_NAMES[0] in layer._parameters:
             return
-        stored = int4.quantize(self.get_weight_for_quantization(layer), INT4_GROUP)
+        weight = self.get_weight_for_quantization(layer)
+        stored = int4.quantize(weight, INT4_GROUP)
         del layer.weight
-        if stored.packed.is_cuda:
-            # torch hands a freed block over whole although some MiB of it are left: of DeepSeek-R1's 61 output
-            # projections 59 took 72 MiB of an earlier weight where they need 56, 1 GB in all.
-            torch.cuda.empty_cache()
+        _release(weight)
         register_int4(layer, stored)
         self.kernel.process_weights_after_loading(layer)
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x: [..., input_size] -> [..., output_size]."""
         return self.kernel.apply_weights(layer, x, bias)
+
+
+def _leave_padding_out(layer: torch.nn.Module) -> None:
+    """Of a head: vLLM waits for as many numbers as the weight has, and none come for what fills the vocabulary up."""
+    if isinstance(layer, ParallelLMHead):
+        layer.weight.weight_loader_numel = layer.num_org_embeddings_per_partition * layer.embedding_dim
+
+
+def _release(weight: torch.Tensor) -> None:
+    """Gives the memory of a weight in the model's type back: vLLM holds the parameter until its layer is done."""
+    weight.data = weight.new_empty(0)
+    if weight.is_cuda:
+        # torch hands a freed block over whole although some MiB of it are left: of DeepSeek-R1's 61 output
+        # projections 59 took 72 MiB of an earlier weight where they need 56, 1 GB in all.
+        torch.cuda.empty_cache()
 
 
 def register_int4(layer: torch.nn.Module, stored: int4.Int4Weight) -> tuple[str, str, str]:

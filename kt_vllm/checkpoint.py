@@ -53,12 +53,16 @@ class DenseTensor:
 
 @dataclass(frozen=True)
 class CheckpointPlan:
-    """dense: in file order; experts: by layer index; ignored: (tensor name, reason), in file order."""
+    """dense: in file order; experts: by layer index; ignored: (tensor name, reason), in file order.
+
+    tied: the head is the embedding, and none of `dense`.
+    """
 
     family: ModelFamily
     dense: tuple[DenseTensor, ...]
     experts: Mapping[int, LayerExperts]
     ignored: tuple[tuple[str, str], ...]
+    tied: bool = False
 
     @classmethod
     def build(
@@ -153,6 +157,7 @@ class _Builder:
         self.check_fields()
         self.num_layers = self.field(self.family.fields.num_layers)
         self.moe_layers = self.find_moe_layers()
+        self.tied = bool(config.get("tie_word_embeddings"))
 
     def field(self, name: str) -> int:
         value = self.config.get(name)
@@ -228,7 +233,7 @@ class _Builder:
         order = {name: i for i, name in enumerate(self.model.tensors)}
         dense.sort(key=lambda d: order[d.sources[0].name])
         ignored.sort(key=lambda entry: order[entry[0]])
-        return CheckpointPlan(self.family, tuple(dense), experts, tuple(ignored))
+        return CheckpointPlan(self.family, tuple(dense), experts, tuple(ignored), self.tied)
 
     def why_ignored(self, layer: int | None, stem: str) -> str | None:
         for known, reason in self.family.ignored:
@@ -260,12 +265,11 @@ class _Builder:
         """The parameters made of `tensors`, every one of which must be of use or have a reason not to be."""
         made: dict[str, DenseTensor] = {}
         unused = dict(tensors)
-        tied = bool(self.config.get("tie_word_embeddings"))
         for rule in rules:
             if not all(stem in tensors for stem in rule.gguf):
                 continue
             sources = tuple(tensors[stem] for stem in rule.gguf)
-            if tied and rule.hf == self.family.output:
+            if self.tied and rule.hf == self.family.output:
                 reason = "config.json has tie_word_embeddings, so the embedding is used"
             elif rule.hf in made:
                 reason = f"{made[rule.hf].sources[0].name} already gives {prefix + rule.hf}"
@@ -328,9 +332,8 @@ class _Builder:
 
         have: names of the parameters that were made. What no layer has is found when vLLM's model is loaded.
         """
-        tied = bool(self.config.get("tie_word_embeddings"))
         for rule in self.family.global_names:
-            if rule.hf not in have and not (tied and rule.hf == self.family.output):
+            if rule.hf not in have and not (self.tied and rule.hf == self.family.output):
                 raise GGUFError(
                     f"{self.model.path!r} has no tensor {rule.gguf[0]!r}: the file is incomplete; download or convert "
                     "it again"

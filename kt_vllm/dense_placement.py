@@ -5,49 +5,78 @@ import re
 from collections.abc import Mapping, Sequence
 
 from kt_vllm.config import DEFAULT_GPU_QUANT, DensePlacement
-from kt_vllm.dense_quant import QUANTS, fitting
+from kt_vllm.dense_quant import QUANTS, fitting, for_head, head_rows
 from kt_vllm.families import ModelFamily
 from kt_vllm.placement import Decision, Placement
 
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.)")
 _FLAG = "--kt-gpu-quant"
-_KEPT = "attention computes with views of it, and would keep a second copy of one in fewer bits"
 
 
-def settle(placement: Placement, auto: str = QUANTS[0], served: Sequence[str] = QUANTS) -> Placement:
+def keep_head(placement: Placement, reason: str) -> Placement:
+    """The placement with a head that stays in the model's type, unless it does for another reason."""
+    decisions = tuple(
+        dataclasses.replace(d, module=dataclasses.replace(d.module, kept=d.module.kept or reason))
+        if d.module.is_head
+        else d
+        for d in placement.decisions
+    )
+    return dataclasses.replace(placement, decisions=decisions)
+
+
+def settle(placement: Placement, auto: str = QUANTS[0], served: Sequence[str] = QUANTS, tensor: int = 1) -> Placement:
     """The placement with `quant` of every dense module, and config.dense, which tells the workers.
 
     auto: for modules that neither the flag nor a rule decides. served: what the platform has kernels for; a module
-    whose shape does not fit takes the next more exact of these.
+    whose shape does not fit takes the next more exact of these. tensor: devices that share the head.
     """
-    decisions = tuple(_settle(decision, auto, served) for decision in placement.decisions)
+    decisions = tuple(_settle(decision, auto, served, tensor) for decision in placement.decisions)
     layers: dict[tuple[str, str], list[int]] = {}
     for decision in decisions:
-        if decision.quant != QUANTS[0] and decision.module.layer is not None:
-            template = _LAYER.sub("{}", decision.module.name, count=1)
-            layers.setdefault((template, decision.quant), []).append(decision.module.layer)
+        if decision.quant != QUANTS[0]:
+            layer = decision.module.layer
+            template = decision.module.name if layer is None else _LAYER.sub("{}", decision.module.name, count=1)
+            layers.setdefault((template, decision.quant), []).extend([] if layer is None else [layer])
     dense = tuple(DensePlacement(module, tuple(found), quant) for (module, quant), found in layers.items())
     return dataclasses.replace(
         placement, decisions=decisions, config=dataclasses.replace(placement.config, dense=dense)
     )
 
 
-def _settle(decision: Decision, auto: str, served: Sequence[str]) -> Decision:
-    if decision.module.matrix is None:
+def _settle(decision: Decision, auto: str, served: Sequence[str], tensor: int) -> Decision:
+    module = decision.module
+    if module.matrix is None:
         return dataclasses.replace(decision, quant=QUANTS[0], why_quant=None)
-    wanted = auto if decision.gpu_quant in (None, DEFAULT_GPU_QUANT) else decision.gpu_quant
-    if decision.module.kept:
-        quant, reason = QUANTS[0], None if wanted == QUANTS[0] else _KEPT
+    wanted = _asked(decision) or auto
+    if module.kept is not None:
+        quant, reason = QUANTS[0], None if wanted == QUANTS[0] else module.kept
+    elif module.is_head:
+        quant, reason = _head(decision, wanted, served, tensor)
     else:
-        quant, reason = fitting(wanted, *decision.module.matrix, served)
+        quant, reason = fitting(wanted, *module.matrix, served)
     return dataclasses.replace(decision, quant=quant, why_quant=reason)
+
+
+def _asked(decision: Decision) -> str | None:
+    """What flag or rule say; None where they leave it to `auto`."""
+    return None if decision.gpu_quant == DEFAULT_GPU_QUANT else decision.gpu_quant
+
+
+def _head(decision: Decision, wanted: str, served: Sequence[str], tensor: int) -> tuple[str, str | None]:
+    """(quant, why it is not `wanted`) of the head: what a rule says of it, else for_head()."""
+    assert decision.module.matrix is not None
+    vocabulary, cols = decision.module.matrix
+    has_rule = _asked(decision) is not None and decision.by["gpu_quant"] != _FLAG
+    chosen = wanted if has_rule else for_head(wanted)
+    quant, reason = fitting(chosen, head_rows(vocabulary, tensor), cols, served)
+    return quant, reason or (None if chosen == wanted else "it is kept one step more exact")
 
 
 def refusals(placement: Placement, dtype: str, served: Sequence[str] = QUANTS) -> list[str]:
     """What flag and rules ask for and cannot have, a sentence each. dtype: the model's; served: as of settle()."""
     asked: dict[str, list[Decision]] = {}
     for decision in placement.decisions:
-        if decision.gpu_quant not in (None, DEFAULT_GPU_QUANT):
+        if _asked(decision) is not None:
             asked.setdefault(decision.by["gpu_quant"], []).append(decision)
     sentences = (_refusal(where, decisions, dtype, served) for where, decisions in asked.items())
     return [sentence for sentence in sentences if sentence is not None]
@@ -64,21 +93,24 @@ def _refusal(where: str, decisions: Sequence[Decision], dtype: str, served: Sequ
     if dtype == "float32":
         return f"{said} and the model runs in {dtype}, for which there are no kernels; give --dtype bfloat16."
     if all(decision.module.matrix is None or decision.module.kept for decision in decisions):
-        return (
-            f"{said} for {module.name}, and embedding, head, norms, routers and MLA's kv_b_proj stay in the model's "
-            "type; match other linear layers, or give auto."
-        )
+        if module.kept is not None:
+            stays = f"which stays in the model's type, as {module.kept}; match other linear layers, or give auto."
+        else:
+            stays = "and embedding, norms and routers stay in the model's type; match linear layers or the head."
+        return f"{said} for {module.name}, {stays}"
     return None
 
 
 def report(placement: Placement) -> list[str]:
     """Lines for the log: how many modules get what, and which not what was asked for."""
-    dense = [d for d in placement.decisions if d.module.matrix is not None]
+    heads = [d for d in placement.decisions if d.module.is_head]
+    dense = [d for d in placement.decisions if d.module.matrix is not None and not d.module.is_head]
     lines = []
     kinds = {quant: sum(d.quant == quant for d in dense) for quant in QUANTS}
-    if any(kinds[quant] for quant in QUANTS[1:]):
+    if any(d.quant != QUANTS[0] for d in (*dense, *heads)):
         counts = ", ".join(f"{count} in {quant}" for quant, count in kinds.items() if count)
-        lines.append(f"dense modules on the device: {counts}; embedding, head, norms and routers in the model's type.")
+        head = "".join(f"; the head in {d.quant}{f', as {d.why_quant}' if d.why_quant else ''}" for d in heads)
+        lines.append(f"dense modules on the device: {counts}{head}; embedding, norms and routers in the model's type.")
     reasons: dict[tuple[str, str], list[str]] = {}
     for decision in dense:
         if decision.why_quant is not None:

@@ -12,14 +12,29 @@ from kt_vllm.errors import ResourceError
 # The most exact first. "bf16" stands for the model's own type.
 QUANTS = ("bf16", "fp8", "int4")
 
-# Scale and zero point for so many weights of a row: 4.31 bits a weight. 32 would be more exact and take 4.63, with
-# which DeepSeek-R1's dense weights, embedding and head miss 14.5 GB; 128 saves 0.3 GB and has 13 % more error.
+# Scale and zero point for so many weights of a row: 4.31 bits a weight. 32 would be more exact and take 4.63, 0.6 GB
+# more of DeepSeek-R1's dense weights; 128 saves 0.3 GB and has 13 % more error.
 INT4_GROUP = 64
 # float8_e4m3 with a scale for each block of so many rows and columns: DeepSeek's own, and vLLM's fp8_per_block. Marlin
 # keeps it for each row, in two bytes.
 FP8_BLOCK = 128
 # Rows that the kernels compute at once; vLLM would pad.
 _ROWS = 64
+# vLLM fills a vocabulary up to a multiple of this, with rows of zeros.
+VOCABULARY_PADDING = 64
+
+
+def for_head(quant: str) -> str:
+    """What the language model's head is kept in where linear layers are in `quant`: one step more exact.
+
+    Its errors are those of the logits, which no layer after it evens out.
+    """
+    return QUANTS[max(0, QUANTS.index(quant) - 1)]
+
+
+def head_rows(vocabulary: int, tensor: int) -> int:
+    """Of the head's weight on each of `tensor` devices."""
+    return ceil(vocabulary / VOCABULARY_PADDING) * VOCABULARY_PADDING // tensor
 
 
 def why_not(quant: str, rows: int, cols: int) -> str | None:
@@ -39,9 +54,8 @@ def fitting(quant: str, rows: int, cols: int, served: Sequence[str] = QUANTS) ->
     """
     reason = None
     for candidate in QUANTS[QUANTS.index(quant) :: -1]:
-        if candidate not in served:
-            continue
-        found = why_not(candidate, rows, cols)
+        unserved = None if candidate in served else f"there are no kernels for {candidate} on this platform"
+        found = unserved or why_not(candidate, rows, cols)
         if found is None:
             return candidate, reason
         reason = reason or found

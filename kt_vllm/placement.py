@@ -19,6 +19,9 @@ from kt_vllm.numa import format_list
 from kt_vllm.rules import DENSE_KEYS, EXPERTS_KEYS, Rule, RulesFile, read_rules
 
 DEFAULT = "default"
+# Why a weight that linear layers multiply with stays in the model's type whatever is asked for.
+_HAS_VIEWS = "attention computes with views of it, and would keep a second copy of one in fewer bits"
+_TIED = "it is the embedding as well (tie_word_embeddings in config.json)"
 # llama.cpp's name of the router in every architecture; the routed experts stand beside it.
 _ROUTER = ("ffn_gate_inp.weight",)
 _PACKAGE = Path(__file__).resolve().parent
@@ -38,7 +41,7 @@ class Module:
 
     num_float32: those of num_weights that stay float32; expert_bytes: of one routed expert as in the files;
     num_experts: 0 for a dense module; matrix: [rows, cols] of a dense module's weight, where it may be quantised, or
-    might if it were not kept (ModelFamily.kept).
+    might if it were not for the reason `kept`; is_head: it makes the logits.
     """
 
     name: str
@@ -48,7 +51,8 @@ class Module:
     expert_bytes: int = 0
     num_experts: int = 0
     matrix: tuple[int, int] | None = None
-    kept: bool = False
+    kept: str | None = None
+    is_head: bool = False
 
 
 @dataclass(frozen=True)
@@ -187,21 +191,29 @@ def experts_name(family: ModelFamily) -> str:
 
 
 def list_modules(plan: CheckpointPlan) -> list[Module]:
-    """Every module with weights: those outside the layers, then layer by layer, routed experts after dense modules."""
+    """Every module with weights: those outside the layers, then layer by layer, routed experts after dense modules.
+
+    And a head that is the embedding, without weights of its own.
+    """
+    head = plan.family.output.rpartition(".")[0]
     prefix = re.escape(plan.family.layer_prefix).replace(re.escape("{layer}"), r"(\d+)")
     dense: dict[str, Module] = {}
     for tensor in plan.dense:
         name = tensor.hf_name.rpartition(".")[0]
         match = re.match(prefix, name)
         seen = dense.get(name) or Module(name, int(match[1]) if match else None, 0)
-        matrix = tensor.matrix if match and tensor.hf_name.endswith(".weight") else None
+        is_linear = match or name == head
+        matrix = tensor.matrix if is_linear and tensor.hf_name.endswith(".weight") else None
         dense[name] = dataclasses.replace(
             seen,
             matrix=matrix or seen.matrix,
-            kept=match is not None and name[match.end() :] in plan.family.kept,
+            kept=_HAS_VIEWS if match and name[match.end() :] in plan.family.kept else None,
+            is_head=name == head,
             num_weights=seen.num_weights + tensor.num_weights,
             num_float32=seen.num_float32 + tensor.num_weights * tensor.keep_float32,
         )
+    if plan.tied:
+        dense[head] = Module(head, None, 0, matrix=(0, 0), kept=_TIED, is_head=True)
     stem = experts_name(plan.family)
     experts = []
     for layer, tensors in plan.experts.items():

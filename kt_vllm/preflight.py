@@ -137,6 +137,9 @@ def check(engine_args: "EngineArgs", config: KTConfig, model_config: "ModelConfi
     model, fields, with_experts = GGUFModel.open(config.gguf), config_fields(hf_config), not config.no_experts
     plan = CheckpointPlan.build(model, fields, with_experts=with_experts)
     placement = Placement.resolve(config, plan, hf_config.num_experts_per_tok)
+    if model_config.head_dtype != model_config.dtype:
+        name = str(model_config.head_dtype).removeprefix("torch.")
+        placement = dense_placement.keep_head(placement, f"head_dtype has vLLM compute it in {name}")
     _refuse_placement(engine_args, placement, str(model_config.dtype).removeprefix("torch."))
     placement = _settle_dense(engine_args, placement, plan, model_config)
     config = placement.settle_executor(warn=lambda warning: logger.warning("kt_vllm: %s", warning))
@@ -225,7 +228,7 @@ def _settle_dense(
         return placement  # vLLM's, which then decides on its own what fits
     served = served_quants()
     if current_platform.is_cpu():
-        placement = dense_placement.settle(placement, QUANTS[0], served)
+        placement = dense_placement.settle(placement, QUANTS[0], served, engine_args.tensor_parallel_size)
     else:
         placement = _settle_on_gpu(engine_args, placement, plan, model_config, served)
     for line in dense_placement.report(placement):
@@ -245,7 +248,7 @@ def _settle_on_gpu(
 ) -> Placement:
     itemsize = model_config.dtype.itemsize
     tensor, pipeline = engine_args.tensor_parallel_size, engine_args.pipeline_parallel_size
-    settled = {quant: dense_placement.settle(placement, quant, served) for quant in served}
+    settled = {quant: dense_placement.settle(placement, quant, served, tensor) for quant in served}
     sizes = {
         quant: dense_placement.device_bytes(choice, plan.family, itemsize, tensor, pipeline)
         for quant, choice in settled.items()

@@ -98,8 +98,9 @@ class ModelFamily:
     ignored: tensors no parameter stands for, with the reason a user is told; a name ending in "." stands for all that
     begin with it. mtp_reason: why layers from num_layers on are left out (None: they are an error). float16_scale: the
     config.json field whose value vLLM's model loses in float16, unless it is 1.
-    Of vLLM's model, modules of a layer: kept, which stay in the model's type, as vLLM computes with views of them and
-    of others would keep a second, dequantised copy; replicated, which tensor parallelism does not cut.
+    output: the head's weight. Of vLLM's model, modules of a layer: kept, which stay in the model's type, as vLLM
+    computes with views of them and of others would keep a second, dequantised copy; replicated, which tensor
+    parallelism does not cut.
     """
 
     gguf_architecture: str

@@ -12,10 +12,12 @@ import torch
 from transformers import PretrainedConfig
 from vllm.model_executor.layers.attention.mla_attention import split_kv_b_proj
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import DEFAULT_VOCAB_PADDING_SIZE
 
 from kt_vllm import preflight
 from kt_vllm.checkpoint import CheckpointPlan
 from kt_vllm.config import KTConfig
+from kt_vllm.dense_quant import VOCABULARY_PADDING, for_head
 from kt_vllm.errors import ConfigError, ResourceError
 from kt_vllm.explain import read_config
 from kt_vllm.gguf.reader import GGUFModel
@@ -77,14 +79,17 @@ def settle(tiny_model: Path, tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -
     return run
 
 
-# The dense weights take 25.3 MB in bf16, 19.0 in fp8 and 16.1 in int4, and all else 15.2.
+# The dense weights take 25.3 MB in bf16, 19.0 in fp8 and 14.0 in int4, and all else 15.2.
 @pytest.mark.parametrize(("total", "quant"), [(42, "bf16"), (40, "fp8"), (35, "fp8"), (33, "int4")])
 def test_auto(settle: Settle, total: int, quant: str) -> None:
     placement, model_config, log = settle(total * MB)
-    assert {entry.quant for entry in placement.config.dense} == ({quant} if quant != "bf16" else set())
+    told = {name: entry.quant for entry in placement.config.dense for name in entry.names}
+    assert told.pop("lm_head", "bf16") == for_head(quant)
+    assert set(told.values()) == ({quant} if quant != "bf16" else set())
     assert model_config.quantization == (None if quant == "bf16" else "kt_dense")
     assert f"--kt-gpu-quant auto takes {quant} for the dense weights" in log
-    assert (f"dense modules on the device: 4 in bf16, 28 in {quant}" in log) == (quant != "bf16")
+    line = f"dense modules on the device: 4 in bf16, 28 in {quant}; the head in {for_head(quant)}, as it is kept one"
+    assert (line in log) == (quant != "bf16")
 
 
 def test_auto_by_what_is_asked_of_the_kv_cache(settle: Settle) -> None:
@@ -101,6 +106,16 @@ def test_the_flag_is_not_second_guessed(settle: Settle) -> None:
     assert "--kt-gpu-quant fp8: 0.0 GB of dense weights" in log and "auto" not in log
     with pytest.raises(ResourceError, match=r"take 0\.0 GB in bf16 and the GPU has 0\.0 GB; give --kt-gpu-quant auto"):
         settle(20 * MB, "bf16")
+
+
+def test_the_head_of_tensor_parallel_devices(settle: Settle) -> None:
+    """4096 rows in 128 parts of 32."""
+    _, _, log = settle(40 * MB, "int4", tensor_parallel_size=128)
+    assert "; the head in bf16, as fp8 needs rows in groups of 64 and there are 32; embedding" in log
+
+
+def test_vllm_fills_a_vocabulary_up_as_we_count() -> None:
+    assert VOCABULARY_PADDING == DEFAULT_VOCAB_PADDING_SIZE
 
 
 def test_beside_quantization_of_vllm(settle: Settle) -> None:

@@ -118,9 +118,56 @@ def test_the_number_of_experts_under_another_name(name: str, tiny_model: Path, t
 
 def test_what_the_engine_would_refuse_is_shown(tiny_model: Path, tiny_gguf: Path, tmp_path: Path) -> None:
     rules = tmp_path / "r.yaml"
-    rules.write_text("rules:\n  - match: lm_head\n    gpu_quant: fp8\n")
+    rules.write_text("rules:\n  - match: embed_tokens\n    gpu_quant: fp8\n")
     shown = run(tiny_model, "--kt-gguf", tiny_gguf, "--kt-rules", rules).stdout
-    assert f"refused at start: {rules}:3: gpu_quant is fp8 for lm_head, and embedding, head, norms" in shown
+    assert (
+        f"refused at start: {rules}:3: gpu_quant is fp8 for model.embed_tokens, and embedding, norms and routers stay "
+        "in the model's type; match linear layers or the head." in shown
+    )
+
+
+HEAD = (4096, 512)
+
+
+def test_the_head(tiny_model: Path, tiny_gguf: Path, tmp_path: Path) -> None:
+    """Of the tiny model; it is one step more exact than the flag, and just what a rule says."""
+    rules = tmp_path / "r.yaml"
+    rules.write_text("rules:\n  - match: ^lm_head$\n    gpu_quant: int4\n")
+    arguments: tuple[object, ...] = (tiny_model, "--kt-gguf", tiny_gguf)
+
+    def head(*more: object) -> dict[str, Any]:
+        return next(m for m in explain_json(*arguments, *more)["modules"] if m["name"] == "lm_head")
+
+    rows, cols = HEAD
+    assert head()["gpu_bytes"] == 2 * rows * cols and "gpu_quant" not in head()
+    by_rule = head("--kt-rules", rules)
+    assert (by_rule["gpu_quant"], by_rule["gpu_bytes"]) == ("int4", rows * cols * 69 // 128)
+    assert by_rule["decided_by"]["gpu_quant"] == f"{rules}:3"
+    by_flag = head("--kt-gpu-quant", "int4")
+    assert (by_flag["gpu_quant"], by_flag["gpu_bytes"]) == ("fp8", rows * cols + 2 * rows * cols // 128)
+    assert by_flag["decided_by"]["gpu_quant"] == "--kt-gpu-quant"
+    by_flag = head("--kt-gpu-quant", "fp8")
+    assert (by_flag["gpu_quant"], by_flag["gpu_bytes"]) == ("bf16", 2 * rows * cols)
+
+
+def test_a_tied_head(tiny_model: Path, tiny_gguf: Path, tmp_path: Path) -> None:
+    """The embedding is never quantised, and so is a head that is one."""
+    config = json.loads((tiny_model / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    rules = tmp_path / "r.yaml"
+    rules.write_text("rules:\n  - match: ^lm_head$\n    gpu_quant: int4\n")
+    report = explain_json(tmp_path, "--kt-gguf", tiny_gguf, "--kt-rules", rules)
+    modules = {m["name"]: m for m in report["modules"]}
+    assert modules["lm_head"]["gpu_bytes"] == 0 and modules["model.embed_tokens"]["gpu_bytes"] == 2 * 4096 * 512
+    (sentence,) = report["refused"]
+    assert sentence == (
+        f"{rules}:3: gpu_quant is int4 for lm_head, which stays in the model's type, as it is the embedding as well "
+        "(tie_word_embeddings in config.json); match other linear layers, or give auto."
+    )
+    untied = explain_json(tiny_model, "--kt-gguf", tiny_gguf, "--kt-gpu-quant", "int4")
+    tied = explain_json(tmp_path, "--kt-gguf", tiny_gguf, "--kt-gpu-quant", "int4")
+    assert untied["gpu_bytes"] - tied["gpu_bytes"] == 4096 * 512 + 2 * 4096 * 512 // 128
+    assert tied["refused"] == []
 
 
 def test_dense_weights_by_rules_and_by_the_flag(tiny_model: Path, tiny_gguf: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from kt_vllm import _native
 from kt_vllm.checkpoint import CheckpointPlan, ExpertSource, LayerExperts
 from kt_vllm.config import KTConfig, LayerPlacement
 from kt_vllm.cpus import allowed_cpus
-from kt_vllm.dense_placement import refusals
+from kt_vllm.dense_placement import refusals, report, settle
 from kt_vllm.errors import KTError
 from kt_vllm.expert_spans import host_experts, read_expert, select_experts
 from kt_vllm.families import FAMILIES
@@ -51,6 +51,39 @@ def test_every_weight_of_the_file_belongs_to_a_module(plan: CheckpointPlan) -> N
     assert (module.layer, module.num_experts, module.num_weights) == (1, 4, 3 * 4 * 32 * 64)
     assert module.expert_bytes * 4 == plan.experts[1].nbytes
     assert [m.layer for m in modules] == sorted((m.layer for m in modules), key=lambda i: -1 if i is None else i)
+
+
+def test_the_head_is_a_module_that_rules_may_quantise(plan: CheckpointPlan, tmp_path: Path) -> None:
+    shape = files.Shape()
+    modules = {module.name: module for module in list_modules(plan)}
+    assert [name for name, module in modules.items() if module.is_head] == ["lm_head"]
+    assert modules["lm_head"].matrix == (shape.vocab, shape.hidden) and modules["lm_head"].kept is None
+    assert modules["model.embed_tokens"].matrix is None and modules["model.norm"].matrix is None
+    assert modules["model.layers.0.self_attn.kv_b_proj"].kept is not None
+    placement = resolve(plan, tmp_path, "rules:\n  - match: ^lm_head$\n    gpu_quant: int4")
+    head = by_name(placement)["lm_head"]
+    assert (head.gpu_quant, head.by["gpu_quant"]) == ("int4", f"{tmp_path / 'rules.yaml'}:3")
+    head = by_name(resolve(plan, tmp_path, None, gpu_quant="int4"))["lm_head"]
+    assert (head.gpu_quant, head.by["gpu_quant"]) == ("int4", "--kt-gpu-quant")
+
+
+def test_a_tied_head_has_no_weights_of_its_own(tmp_path: Path) -> None:
+    path = files.write_sparse(tmp_path / "m.gguf", files.Shape(), lambda name: "F32")
+    tied = CheckpointPlan.build(GGUFModel.open(str(path)), {**files.hf_config(), "tie_word_embeddings": True})
+    modules = list_modules(tied)
+    (head,) = [module for module in modules if module.is_head]
+    assert (head.name, head.num_weights) == ("lm_head", 0)
+    assert sum(m.num_weights for m in modules if not m.num_experts) == sum(tensor.num_weights for tensor in tied.dense)
+    placement = resolve(tied, tmp_path, "rules:\n  - match: ^lm_head$\n    gpu_quant: int4")
+    (sentence,) = refusals(placement, "bfloat16")
+    assert sentence.endswith(
+        "gpu_quant is int4 for lm_head, which stays in the model's type, as it is the embedding as well "
+        "(tie_word_embeddings in config.json); match other linear layers, or give auto."
+    )
+    # A rule for more than the head is none for it alone.
+    settled = settle(resolve(tied, tmp_path, "rules:\n  - match: '.'\n    gpu_quant: int4"))
+    assert refusals(settled, "bfloat16") == []
+    assert "; the head in bf16, as it is the embedding as well (" in report(settled)[0]
 
 
 def test_the_shipped_rules_put_all_experts_on_the_cpu(plan: CheckpointPlan, tmp_path: Path) -> None:

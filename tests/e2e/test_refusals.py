@@ -158,6 +158,16 @@ REFUSED: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
         (*WEIGHTS, "--kt-gpu-quant", "int4", "--attention-backend", "CPU_MLA", "--dtype", "float32"),
         ("--kt-gpu-quant is int4 and the model runs in float32", "give --dtype bfloat16"),
     ),
+    "int4 head that vLLM computes in float32": (
+        MODEL,
+        (*WEIGHTS, "--kt-rules", "@/head.yaml", "--hf-overrides", '{"head_dtype": "float32"}'),
+        ("head.yaml:3: gpu_quant is int4 for lm_head", "as head_dtype has vLLM compute it in float32; match other"),
+    ),
+    "tied head in int4": (
+        "@/config_tied",
+        (*WEIGHTS, "--kt-rules", "@/head.yaml"),
+        ("head.yaml:3: gpu_quant is int4 for lm_head", "as it is the embedding as well (tie_word_embeddings"),
+    ),
     "expert parallel": (
         MODEL,
         (*WEIGHTS, "--kt-rules", "@/gpu.yaml", "--enable-expert-parallel"),
@@ -228,6 +238,7 @@ def made_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     files.model_folder(folder / "config_32_experts", n_routed_experts=32)
     files.model_folder(folder / "config_hidden_1024", hidden_size=1024)
+    files.model_folder(folder / "config_tied", tie_word_embeddings=True)
     files.model_folder(folder / "config_float16", torch_dtype="float16", dtype="float16")
     files.write_sparse(folder / "tq2_0.gguf", files.TINY_SHAPE, lambda name: "TQ2_0" if "_exps." in name else "F32")
     for name, model in (("config_glm", "glm-4.5"), ("config_glm_air", "glm-4.5-air")):
@@ -235,6 +246,7 @@ def made_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name / "config.json").write_text(json.dumps(MODELS[model].config))
     (folder / "bad.yaml").write_text("rules:\n  - match: 'experts$'\n    expert: gpu\n")
     (folder / "fp8.yaml").write_text("rules:\n  - match: o_proj\n    gpu_quant: fp8\n")
+    (folder / "head.yaml").write_text("rules:\n  - match: ^lm_head$\n    gpu_quant: int4\n")
     (folder / "gpu.yaml").write_text("rules:\n  - layers: 1\n    experts: gpu\n")
     (folder / "split.yaml").write_text("rules:\n  - layers: 1\n    gpu_experts: 2\n")
     shape = files.TINY_SHAPE

@@ -1,13 +1,21 @@
-"""Dense weights in bf16, fp8 and int4 on a GPU: log-probabilities of the tiny model, and int4's own kernel.
+"""Dense weights in bf16, fp8 and int4 on a GPU: log-probabilities of the tiny model, the head, int4's own kernel.
 
 What all of DeepSeek-R1's dense weights take there is measured by dense_memory.py beside this file.
 """
 
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
+from kt_vllm.dense_quant import INT4_GROUP, for_head, weight_bytes
 from tests.e2e.test_accuracy import score
 from tests.tolerances import (
+    KL_OF_FP8_HEAD,
+    KL_OF_INT4_HEAD,
     MAX_MEAN_KL,
     MAX_MEAN_KL_QUANTISED,
     MAX_MEAN_NLL_DIFFERENCE,
@@ -31,8 +39,20 @@ def test_log_probabilities(quant: str, eager: bool) -> None:
     exact = quant == "bf16"
     assert result["nll_difference"] < (MAX_MEAN_NLL_DIFFERENCE if exact else MAX_MEAN_NLL_DIFFERENCE_QUANTISED), result
     assert result["kl"] < (MAX_MEAN_KL if exact else MAX_MEAN_KL_QUANTISED), result
-    built = "dense linear layers on the device: 4 in bf16, 20 in " + quant  # kv_b_proj is kept
+    # kv_b_proj is kept
+    built = f"dense linear layers on the device: 4 in bf16, 20 in {quant}; the head in {for_head(quant)}."
     assert (built in log) != exact, log[-4000:]
+
+
+@pytest.mark.parametrize(("quant", "kl"), [("fp8", KL_OF_FP8_HEAD), ("int4", KL_OF_INT4_HEAD)])
+def test_log_probabilities_with_only_the_head_by_a_rule(quant: str, kl: float, tmp_path: Path) -> None:
+    rules = tmp_path / "r.yaml"
+    rules.write_text(f"rules:\n  - match: ^lm_head$\n    gpu_quant: {quant}\n")
+    result, log = score(LLM, {"rules": str(rules)})
+    print(quant, result)  # for pytest -rP
+    assert result["missing_mass"] < MAX_MISSING_MASS, result
+    assert abs(result["kl"] - kl) < MAX_MEAN_KL, result
+    assert f"dense linear layers on the device: 24 in bf16; the head in {quant}." in log, log[-4000:]
 
 
 def test_auto_takes_bf16_where_all_fits() -> None:
@@ -42,12 +62,13 @@ def test_auto_takes_bf16_where_all_fits() -> None:
 
 
 @pytest.fixture(scope="module")
-def parallel_groups(tmp_path_factory: pytest.TempPathFactory):
-    """Of one process, which vLLM's parameters ask for their rank."""
+def parallel_groups(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Of one process, which vLLM's parameters ask for their rank; yields vLLM's configuration."""
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.distributed import parallel_state
 
-    with set_current_vllm_config(VllmConfig()):
+    config = VllmConfig()
+    with set_current_vllm_config(config):
         parallel_state.init_distributed_environment(
             world_size=1,
             rank=0,
@@ -55,7 +76,8 @@ def parallel_groups(tmp_path_factory: pytest.TempPathFactory):
             distributed_init_method=f"file://{tmp_path_factory.mktemp('store')}/store",
         )
         parallel_state.initialize_model_parallel(1, 1)
-        yield
+        config.model_config = SimpleNamespace(dtype=torch.bfloat16)  # type: ignore[assignment]
+        yield config
     parallel_state.cleanup_dist_env_and_memory()
 
 
@@ -70,7 +92,6 @@ def test_marlin_multiplies_with_what_was_stored(rows: int, cols: int, num_tokens
 
     from kt_vllm import int4
     from kt_vllm.dense_methods import register_int4
-    from kt_vllm.dense_quant import INT4_GROUP
 
     weight = torch.randn(rows, cols, device="cuda", dtype=torch.bfloat16) / cols**0.5
     x = torch.randn(num_tokens, cols, device="cuda", dtype=torch.bfloat16)
@@ -84,3 +105,56 @@ def test_marlin_multiplies_with_what_was_stored(rows: int, cols: int, num_tokens
     error = float((got - expected).norm() / expected.norm())
     print(rows, cols, num_tokens, error)
     assert error < 1.5 * MAX_ROUNDING_ERROR["bfloat16"]
+
+
+@pytest.mark.parametrize("quant", ["fp8", "int4"])
+@pytest.mark.parametrize(("vocabulary", "padded"), [(1000, 1024), (131_000, 131_008)])
+def test_the_head(quant: str, vocabulary: int, padded: int, parallel_groups: Any) -> None:
+    """As vLLM builds and loads it: complete with the last row of the file, its logits, its memory and that on the way.
+
+    The larger one has 256 MiB in bf16; cast to fp8 at once it would take five times as much.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+    from vllm.utils.deep_gemm import per_block_cast_to_fp8
+    from vllm.utils.torch_utils import set_default_torch_dtype
+
+    from kt_vllm import int4
+    from kt_vllm.config import CONFIG_KEY, DensePlacement, KTConfig
+    from kt_vllm.dense_methods import DenseQuantConfig
+
+    cols = 1024
+    config = KTConfig(gguf="g", dense=(DensePlacement("lm_head", (), quant),))
+    parallel_groups.additional_config = {CONFIG_KEY: config.to_dict()}
+    values = torch.randn(vocabulary, cols, dtype=torch.bfloat16) / cols**0.5
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with set_default_torch_dtype(torch.bfloat16), torch.device("cuda"):
+        head = ParallelLMHead(
+            vocabulary, cols, params_dtype=torch.bfloat16, quant_config=DenseQuantConfig(), prefix="lm_head"
+        )
+        assert head.weight.is_meta and tuple(head.weight.shape) == (padded, cols)
+        head.weight.weight_loader(head.weight, values.clone())
+    peak, kept = torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before
+    nbytes = weight_bytes(quant, padded, cols, 2)
+    assert sum(p.numel() * p.element_size() for p in head.parameters() if p.is_cuda) == nbytes
+    assert nbytes <= kept < 1.02 * nbytes + (1 << 20)
+    if vocabulary > 1000:
+        assert peak < 2.5 * padded * cols * 2, peak
+    padded_values = torch.nn.functional.pad(values.cuda(), (0, 0, 0, padded - vocabulary))
+    if quant == "int4":
+        weight = int4.dequantize(int4.quantize(padded_values, INT4_GROUP))
+    else:
+        codes, scale = per_block_cast_to_fp8(padded_values)
+        # Marlin keeps scales in the model's type.
+        wide = scale.to(torch.bfloat16).float().repeat_interleave(128, 0)[:padded].repeat_interleave(128, 1)
+        weight = codes.float() * wide
+    weight = weight.to(torch.bfloat16)
+    for num_tokens in (1, 4, 300):
+        x = torch.randn(num_tokens, cols, device="cuda", dtype=torch.bfloat16)
+        logits = head.quant_method.apply(head, x, bias=None)
+        assert logits.shape == (num_tokens, padded) and not logits[:, vocabulary:].any()
+        expected = x.float() @ weight.float().T
+        error = float((logits.float() - expected).norm() / expected.norm())
+        print(quant, vocabulary, num_tokens, error)
+        assert error < 1.5 * MAX_ROUNDING_ERROR["bfloat16"]

@@ -112,10 +112,35 @@ struct alignas(64) TileConfig {
 // dropped.
 constexpr TileConfig kTileConfig;
 
+// What tiles 4 to 7 hold: any bytes, or bfloat16 of magnitudes from 0.5 to 2. With zeros products run up to 1.4 times
+// as fast, which no kernel's do.
+struct alignas(64) TileNumbers {
+  uint8_t bytes[4][16 * 64];
+
+  explicit constexpr TileNumbers(bool bfloat16) : bytes() {
+    uint32_t state = 1;
+    for (auto& tile : bytes)
+      for (int i = 0; i < 16 * 64; ++i) {
+        state = state * 1664525 + 1013904223;
+        const auto byte = static_cast<uint8_t>(state >> 24);
+        tile[i] = bfloat16 && i % 2 == 1 ? static_cast<uint8_t>(0x3f | (byte & 0x80)) : byte;
+      }
+  }
+};
+constexpr TileNumbers kInt8Numbers(false), kBf16Numbers(true);
+
+__attribute__((target("amx-tile"))) inline void load_operands(const TileNumbers& numbers) {
+  _tile_loadconfig(&kTileConfig);
+  _tile_loadd(4, numbers.bytes[0], 64);
+  _tile_loadd(5, numbers.bytes[1], 64);
+  _tile_loadd(6, numbers.bytes[2], 64);
+  _tile_loadd(7, numbers.bytes[3], 64);
+}
+
 // Four sums of two by two operands: what a kernel with eight tiles can hold. Tile instructions are volatile by
 // themselves.
 __attribute__((target("amx-tile,amx-int8"))) void amx_int8(int rounds) {
-  _tile_loadconfig(&kTileConfig);
+  load_operands(kInt8Numbers);
   for (int round = 0; round < rounds; ++round) {
     _tile_dpbssd(0, 4, 6);
     _tile_dpbssd(1, 4, 7);
@@ -126,7 +151,7 @@ __attribute__((target("amx-tile,amx-int8"))) void amx_int8(int rounds) {
 }
 
 __attribute__((target("amx-tile,amx-bf16"))) void amx_bf16(int rounds) {
-  _tile_loadconfig(&kTileConfig);
+  load_operands(kBf16Numbers);
   for (int round = 0; round < rounds; ++round) {
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);

@@ -184,10 +184,15 @@ def load_rules(path: str | None, architecture: str) -> RulesFile | None:
     return rules
 
 
+def router_name(family: ModelFamily) -> str:
+    """Of a layer's router in vLLM's model, without layer_prefix: "mlp.gate"."""
+    (router,) = {name.hf for name in family.layer_names if name.gguf == _ROUTER}
+    return router.removesuffix(".weight")
+
+
 def experts_name(family: ModelFamily) -> str:
     """Of a layer's routed experts in vLLM's model, without layer_prefix: "mlp.experts"."""
-    (router,) = {name.hf for name in family.layer_names if name.gguf == _ROUTER}
-    return router.rsplit(".", 2)[0] + ".experts"
+    return router_name(family).rpartition(".")[0] + ".experts"
 
 
 def list_modules(plan: CheckpointPlan) -> list[Module]:
@@ -195,14 +200,15 @@ def list_modules(plan: CheckpointPlan) -> list[Module]:
 
     And a head that is the embedding, without weights of its own.
     """
-    head = plan.family.output.rpartition(".")[0]
+    head, router = plan.family.output.rpartition(".")[0], router_name(plan.family)
     prefix = re.escape(plan.family.layer_prefix).replace(re.escape("{layer}"), r"(\d+)")
     dense: dict[str, Module] = {}
     for tensor in plan.dense:
         name = tensor.hf_name.rpartition(".")[0]
         match = re.match(prefix, name)
         seen = dense.get(name) or Module(name, int(match[1]) if match else None, 0)
-        is_linear = match or name == head
+        # A router is small, and an error in it chooses other experts.
+        is_linear = name[match.end() :] != router if match else name == head
         matrix = tensor.matrix if is_linear and tensor.hf_name.endswith(".weight") else None
         dense[name] = dataclasses.replace(
             seen,

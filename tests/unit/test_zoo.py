@@ -14,6 +14,7 @@ from transformers import AutoConfig
 
 from kt_vllm.checkpoint import CheckpointPlan, ExpertSource, iter_dense
 from kt_vllm.gguf import GGUFModel
+from kt_vllm.placement import list_modules, router_name
 from tests.tolerances import MAX_MEAN_KL
 from tests.zoo.layout import tensors
 from tests.zoo.make import EXPECTED, GGUF_NAME, MIXES, TOKENS, draw, log_probabilities, make
@@ -58,6 +59,8 @@ def decoded(source: ExpertSource) -> np.ndarray:
 def test_every_weight_is_the_models(tmp_path: Path, name: str) -> None:
     model = make(tmp_path / name, name, "Q4_K_M", seed=11)
     plan = CheckpointPlan.build(GGUFModel.open(str(tmp_path / name / GGUF_NAME)), config_of(tmp_path / name))
+    routers = [m for m in list_modules(plan) if m.name.endswith(router_name(plan.family))]
+    assert len(routers) == len(plan.experts) and all(router.matrix is None for router in routers)
     expected = published(model)
     got = dict(iter_dense(plan))
     assert got.keys() == expected.keys()

@@ -64,7 +64,7 @@ inline void tile_gemm_tokens(const TileGemmParams& p, const uint8_t* activations
   alignas(64) Bf16Tiles tiles[2];
   alignas(64) Making<Maker> making;
   SumsBeside beside;
-  const int pair = 2 * p.group_tokens;
+  const int pair = 2 * p.group_tokens, num_pairs = (num_tokens + pair - 1) / pair;
   configure_tiles(num_tokens, p.group_tokens);
   const int whole_tokens =
       num_tokens <= pair || num_tokens % p.group_tokens == 0 ? num_tokens : num_tokens / pair * pair;
@@ -76,8 +76,7 @@ inline void tile_gemm_tokens(const TileGemmParams& p, const uint8_t* activations
   for (int number = 0; chunks.now().exists(); chunks.advance(), number ^= 1, next_a += kSteps * ahead_of_step) {
     const Chunk& chunk = chunks.now();
     const int num_steps = chunk.num_k / kStepK;
-    // The sums of a single pair stay in their tiles.
-    const bool starts = chunk.k == p.k_begin, ends = chunk.k + chunk.num_k == p.k_end, moves = num_tokens > pair;
+    const bool starts = chunk.k == p.k_begin, ends = chunk.k + chunk.num_k == p.k_end;
     float* output = outputs + chunk.row;
     making.start(chunks.next(), chunks.after(), tiles[number ^ 1]);
     const bool makes = chunk.is_whole() && chunks.next().is_whole();
@@ -87,8 +86,12 @@ inline void tile_gemm_tokens(const TileGemmParams& p, const uint8_t* activations
       beside.num_rows = chunk.num_rows;
       if (p.accumulate) beside.load(output, p.output_stride);
     }
-    const uint8_t* a = activations + static_cast<size_t>(chunk.k / kStepK) * kTileBytes;
-    for (int token = 0; token < num_tokens; token += pair, a += 2 * p.group_bytes) {
+    // Each chunk begins with the pair that the one before it ended with, whose sums stay in their tiles.
+    const bool back = (chunk.k - p.k_begin) / kMaxCodesK % 2 != 0;
+    for (int turn = 0; turn < num_pairs; ++turn) {
+      const bool loads = turn > 0 || starts, stores = turn + 1 < num_pairs || ends;
+      const int place = back ? num_pairs - 1 - turn : turn, token = place * pair;
+      const size_t of_pair = static_cast<size_t>(place) * 2 * p.group_bytes;
       float* to = token < beside.first_token ? output + token * p.output_stride : beside.sums[token];
       const size_t stride = token < beside.first_token ? p.output_stride : kRows;
       with_flags(num_tokens - token > p.group_tokens, chunk.num_panels() == 2, token == making_token && makes,
@@ -96,9 +99,10 @@ inline void tile_gemm_tokens(const TileGemmParams& p, const uint8_t* activations
                    using Sums = TileSums<two_groups(), two_panels()>;
                    if (starts && !p.accumulate)
                      Sums::zero();
-                   else if (starts || moves)
+                   else if (loads)
                      Sums::load(to, stride, p.group_tokens);
-                   const uint8_t* later = next_a + static_cast<size_t>(token / p.group_tokens) * p.group_bytes;
+                   const uint8_t* a = activations + of_pair + static_cast<size_t>(chunk.k / kStepK) * kTileBytes;
+                   const uint8_t* later = next_a + of_pair;
                    const ActivationsAhead ahead{{later, two_groups() ? later + p.group_bytes : nullptr}, ahead_of_step};
                    add_products<TileFormat::BF16, two_groups(), two_panels()>(
                        tiles[number].tiles, a, a + p.group_bytes, num_steps, [](auto) {},
@@ -109,7 +113,7 @@ inline void tile_gemm_tokens(const TileGemmParams& p, const uint8_t* activations
                          if (token == making_token) making.prefetch(s);
                          ahead.prefetch(s);
                        });
-                   if (ends || moves) Sums::store(to, stride, p.group_tokens);
+                   if (stores) Sums::store(to, stride, p.group_tokens);
                  });
     }
     if (!makes && chunks.next().exists()) making.make_all();

@@ -198,7 +198,7 @@ class Int4OnlineLinearMethod(OnlineLinearBase):
     """int4.quantize() on the way in, Marlin on CUDA and vLLM's WNA16 kernel on the CPU platform for the product.
 
     Marlin, and not what vLLM would choose: Machete keeps zero points as wide as scales, 4.5 bits a weight in place of
-    4.31, and is for Hopper alone.
+    4.31, is for Hopper alone, and takes 1.3 to 1.5 times as long for few tokens (benchmarks/RESULTS.md).
     """
 
     activation_quant_key = None

@@ -299,6 +299,7 @@ def test_the_rules_readme_names_every_kind() -> None:
     assert all(f"`{quant}`" in text for quant in ("auto", "bf16", "fp8", "int4"))
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("file", ["dense_preflight_on_a_gpu.py", "head_in_vllm.py"])
 def test_with_vllm(file: str) -> None:
     run(f"import sys, pytest\nsys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', 'tests/unit/{file}']))")

@@ -1,8 +1,11 @@
 """Calls of the layer that do not end well. In a process of their own, as everything that imports vLLM."""
 
+import pytest
+
 from tests.unit.test_plugin import run
 
 
+@pytest.mark.e2e
 def test_a_failing_shared_expert_leaves_no_call_in_flight() -> None:
     run(
         """

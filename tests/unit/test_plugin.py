@@ -4,6 +4,8 @@ import subprocess
 import sys
 import textwrap
 
+import pytest
+
 MODEL = "examples/models/tiny-deepseek-v3"
 
 
@@ -34,6 +36,7 @@ def test_import_needs_neither_vllm_nor_torch() -> None:
     )
 
 
+@pytest.mark.e2e
 def test_registration_is_idempotent_and_starts_nothing() -> None:
     run(
         """
@@ -54,6 +57,7 @@ def test_registration_is_idempotent_and_starts_nothing() -> None:
     )
 
 
+@pytest.mark.e2e
 def test_flags_have_their_own_group_in_help() -> None:
     out = subprocess.run(
         [sys.executable, "-m", "kt_vllm.cli", "serve", "--help=KTConfig"],
@@ -81,6 +85,7 @@ _CONFIG = f"""
 """
 
 
+@pytest.mark.e2e
 def test_inactive_without_flags() -> None:
     """The same engine configuration as with the plugin disabled by VLLM_PLUGINS."""
 
@@ -90,12 +95,14 @@ def test_inactive_without_flags() -> None:
     assert config_line() == config_line(VLLM_PLUGINS="none")
 
 
+@pytest.mark.e2e
 def test_layers_are_stock_without_flags_and_ours_with_them() -> None:
     """RoutedExperts of every mixture-of-experts family, built by vLLM's own model code (see build_models.py)."""
     out = run("import runpy; runpy.run_module('tests.unit.build_models', run_name='__main__')")
     assert out.count("OK ") == 10, out
 
 
+@pytest.mark.e2e
 def test_an_environment_it_cannot_work_in_turns_it_off() -> None:
     """With a sentence, and without harm to vLLM."""
     run(

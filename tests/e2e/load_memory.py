@@ -5,6 +5,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 # As vLLM's own command: this has to come before torch.
 from vllm.v1.worker.cpu_worker import CPUWorker  # isort: skip
@@ -21,12 +22,20 @@ class MeasuredWorker(CPUWorker):
     """vLLM's worker, which looks at its memory before and after it makes and loads the model."""
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
-        before = _status("VmRSS")
+        from kt_vllm.loader import KTModelLoader
+
+        memory = {"before": _status("VmRSS")}
+        load_weights = KTModelLoader.load_weights
+
+        def measured(*arguments: Any) -> None:
+            load_weights(*arguments)
+            # After it vLLM packs the dense weights for its CPU kernels, one beside its packed copy.
+            memory["loaded"] = _status("VmHWM")
+
+        KTModelLoader.load_weights = measured
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from what is resident now: proc(5)
         super().load_model(load_dummy_weights=load_dummy_weights)
-        print(
-            "MEMORY " + json.dumps({"before": before, "peak": _status("VmHWM"), "after": _status("VmRSS")}), flush=True
-        )
+        print("MEMORY " + json.dumps({**memory, "packed": _status("VmHWM")}), flush=True)
 
 
 def main() -> None:

@@ -34,7 +34,12 @@ SHAPE = files.Shape(
     rope=64,
     v=128,
 )
-MAX_EXPERTS_RATIO = 1.1
+# The peak beside the dense weights while all of it is read: so many times the experts, and what a process takes by
+# itself (modules imported meanwhile, tensors on their way, the executor's workspace: 40 to 80 MB).
+MAX_EXPERTS_RATIO = 1.05
+OF_THE_PROCESS = 64 << 20
+# Then vLLM packs the dense weights for its CPU kernels, each beside its packed copy: 40 to 70 MB.
+OF_PACKING = 96 << 20
 
 
 def type_of(name: str) -> str:
@@ -81,13 +86,14 @@ def test_peak_at_load(model: Path) -> None:
     found = [line.partition("MEMORY ")[2] for line in process.stdout.splitlines() if "MEMORY " in line]
     assert process.returncode == 0 and len(found) == 1, process.stdout[-3000:] + process.stderr[-3000:]
     memory = json.loads(found[0])
-    grown = memory["peak"] - memory["before"]
-    ratio = (grown - dense) / experts
+    most = MAX_EXPERTS_RATIO * experts + OF_THE_PROCESS
+    loaded, packed = (memory[stage] - memory["before"] - dense for stage in ("loaded", "packed"))
     report = (
-        f"resident {memory['before'] / 1e6:.0f} MB before loading, {memory['peak'] / 1e6:.0f} MB at the peak, "
-        f"{memory['after'] / 1e6:.0f} MB after; dense {dense / 1e6:.0f} MB, experts {experts / 1e6:.0f} MB: "
-        f"peak growth is dense + {ratio:.3f} x experts"
+        f"dense {dense / 1e6:.0f} MB, experts {experts / 1e6:.0f} MB: the peak is dense + {loaded / 1e6:.0f} MB when "
+        f"all is loaded, at most {most / 1e6:.0f} expected, and {(packed - loaded) / 1e6:.0f} MB more when vLLM has "
+        "packed it"
     )
     print(report)
     # Less than all of it would mean that the wrong process or the wrong moment was looked at.
-    assert 0.95 < ratio < MAX_EXPERTS_RATIO, report
+    assert 0.95 * experts < loaded < most, report
+    assert 0 <= packed - loaded < OF_PACKING, report

@@ -57,10 +57,10 @@ pytest: venv  ## the Python tests alone; choose with ARGS="-m 'not e2e' -k name"
 full: venv  ## what make test leaves out: every model family with every mix of types, eager and compiled, through vLLM (an hour)
 	@$(BIN)/python -m pytest -m full $(ARGS)
 
-# Four files at a time where vLLM runs, whose start is waiting for a good part. The others time things.
+# Three files at a time where vLLM runs: more are no faster on two cores. The others time things.
 test: build sanitize  ## everything this machine can run
 	@$(BIN)/python -m pytest -m 'not e2e or alone'
-	@$(BIN)/python -m pytest -m 'e2e and not alone' --numprocesses 4 --dist loadfile
+	@$(BIN)/python -m pytest -m 'e2e and not alone' --numprocesses 3 --dist loadfile
 
 lint: venv  ## ruff, mypy and clang-format, changing nothing
 	@$(BIN)/ruff check $(PY_FILES)

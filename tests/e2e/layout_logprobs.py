@@ -17,6 +17,7 @@ NUM_ROWS, NUM_TOKENS = 2, 96
 def main() -> None:
     # The default asks for most of the machine; the tiny model's cache is small.
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # as score.py does
     from vllm import SamplingParams
 
     from kt_vllm import LLM

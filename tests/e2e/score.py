@@ -53,13 +53,17 @@ def main() -> None:
 
     # The default asks for most of the machine; the tiny model's cache is small.
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    config = json.loads(args.llm)
+    if config.get("enforce_eager") and config.get("tensor_parallel_size", 1) == 1:
+        # Processes for engine and worker would double the time: each imports vLLM. Compiled runs and servers have them.
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     from vllm import LLM, SamplingParams
 
     tokens = np.load(MODEL_DIR / "eval_tokens.npy")
     expected = dict(np.load(MODEL_DIR / "expected-Q4_K_M.npz"))
     extra = {} if args.gguf == "none" else {"additional_config": {"kt": {"gguf": args.gguf, **json.loads(args.kt)}}}
     defaults = {"dtype": "bfloat16", "max_model_len": 1024, "max_num_seqs": 8, "max_logprobs": NUM_LOGPROBS}
-    llm = LLM(args.model, **{**defaults, **extra, **json.loads(args.llm)})
+    llm = LLM(args.model, **{**defaults, **extra, **config})
     outputs = llm.generate(
         [{"prompt_token_ids": row.tolist()} for row in tokens],
         SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=NUM_LOGPROBS, detokenize=False),

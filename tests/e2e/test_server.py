@@ -19,7 +19,8 @@ from tests.tolerances import MAX_BATCHED_LOGPROB_DIFFERENCE, MAX_MEAN_BATCHED_LO
 
 pytestmark = pytest.mark.e2e
 
-SMALL_CACHE = {"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ}
+# Engines of `bench` in one process, as in score.py; the server's are several.
+SMALL_CACHE = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **os.environ}
 
 
 @pytest.fixture(scope="module")

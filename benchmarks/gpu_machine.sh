@@ -10,6 +10,7 @@
 #   accuracy    the tiny model, every mode; ACCURACY="-k test_graphs" chooses an engine
 #   few, many   DeepSeek-R1's shape with 3 and 7 MoE layers: made, prefill and decode measured, a decode step traced
 #   serve       `vllm bench serve` with the model of `many`
+#   linear      the dense products of a decode step alone, by every kernel that could compute them
 #   quant       dense weights in fp8 and int4: tests
 #   memory      all 61 layers' dense weights on the GPU; then int4 in 24 GB
 #   gpuonly     the model of `many` without experts: the GPU's part of a step, and of the engine's start
@@ -153,7 +154,7 @@ soak() {
 }
 
 steps=("$@")
-if [ ${#steps[@]} -eq 0 ]; then steps=(build handover accuracy few many serve quant gpuonly clean memory clean soak); fi
+if [ ${#steps[@]} -eq 0 ]; then steps=(build handover accuracy few many serve linear quant gpuonly clean memory clean soak); fi
 export -f build register model depth gpuonly serve soak
 export BUILD PYTHON OUT MODELS LIKE
 # Arrays are not exported: functions that use them run here, in a subshell with a limit of its own.
@@ -175,6 +176,7 @@ for step in "${steps[@]}"; do
     many) TAIL=70 limited many 500 depth many "${MANY_LAYERS:-10}" ;;
     serve) limited serve 500 serve "${MANY_LAYERS:-10}" ;;
     gpuonly) limited gpuonly 300 gpuonly "${MANY_LAYERS:-10}" ;;
+    linear) TAIL=40 run linear 200 "$PYTHON" benchmarks/linear.py --json "$OUT/linear.json" ;;
     quant) run quant 420 "${PYTEST[@]}" tests/gpu/test_gpu_quant.py ;;
     memory)
       rm -rf "${MODELS:?}/$LIKE"-*

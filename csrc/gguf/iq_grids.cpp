@@ -24,6 +24,13 @@ constexpr Word entry(uint16_t codes, const int8_t (&levels)[num_levels]) {
   return word;
 }
 
+// Of an entry of iq1s_grid, which has 2 bits a weight for -1, 0 and 1.
+constexpr uint32_t pairs_iq1(uint16_t codes) {
+  uint32_t word = 0;
+  for (int i = 0; i < 8; ++i) word |= static_cast<uint32_t>(codes >> 2 * i & 3) << (8 * (i % 4) + (i < 4 ? 3 : 5));
+  return word;
+}
+
 constexpr uint64_t sign_mask(int index) {
   uint64_t mask = 0;
   for (int i = 0; i < 8; ++i)
@@ -35,6 +42,11 @@ constexpr uint64_t sign_mask(int index) {
 
 alignas(64) constexpr uint64_t iq1s_grid[2048] = {
 #define KT_CODES(codes) entry<uint64_t>(0x##codes, kLevelsIQ1),
+#include "gguf/iq_grids/iq1s.inc"
+#undef KT_CODES
+};
+alignas(64) constexpr uint32_t iq1s_pairs[2048] = {
+#define KT_CODES(codes) pairs_iq1(0x##codes),
 #include "gguf/iq_grids/iq1s.inc"
 #undef KT_CODES
 };

@@ -53,4 +53,4 @@ def test_what_it_cannot_compute_is_refused() -> None:
         scale = torch.ones(num_inputs // GROUP, num_outputs, dtype=torch.bfloat16)
         words = torch.zeros(1, dtype=torch.int32)
         with pytest.raises(ValueError, match="cannot be computed here"):
-            few_tokens(torch.ones(num_tokens, num_inputs, dtype=torch.bfloat16), words, scale, words)
+            few_tokens(torch.ones(num_tokens, num_inputs, dtype=torch.bfloat16), words, scale, words, Shape(8, 1))

@@ -1,7 +1,7 @@
 // IQ1 to IQ3: blocks of 256, weights from codebooks. Formats: gguf/block_layouts.h. A group is 32 weights, an octet 8.
 //
-// Codebook words become vectors by gather_64() and gather_32(); their bytes stand in weight order already. No index can
-// leave its codebook: it is masked, or has no more bits than the codebook takes.
+// Codebook words become vectors by gather_64() and gather_32(); but for IQ1's pairs, their bytes stand in weight order
+// already. No index can leave its codebook: it is masked, or has no more bits than the codebook takes.
 //
 // Codes are symmetric about an offset, the largest value of the type: with the least offset that leaves none negative
 // the mins cancel least, and all fit 7 bits.
@@ -195,10 +195,10 @@ constexpr int kOffsetIQ1 = 9;
 // The codes of an octet. high: bits 0 to 2 of each lane are the upper bits of the index, low_8 its lowest 8 bits.
 // plus: 0x02020202 in the rows where 1/8 is added.
 inline void store_iq1_octet(Codes& codes, int octet, int h, Ints low_8, Ints high, Ints plus) {
-  const Ints one = splat(0x01010101);
-  const IntPair v = gather_64(iq1s_grid, bit_or(low_8, shift_left<8>(bit_and(high, splat(7)))));
-  store(codes.quads[2 * octet][h * kLanes], bit_or(shift_left<3>(add_bytes(v.low, one)), plus));
-  store(codes.quads[2 * octet + 1][h * kLanes], bit_or(shift_left<3>(add_bytes(v.high, one)), plus));
+  const Ints pairs = gather_32(iq1s_pairs, bit_or(low_8, bit_and(shift_left<8>(high), splat(0x700))));
+  const Ints eights = splat(0x18181818);
+  store(codes.quads[2 * octet][h * kLanes], bit_or(bit_and(pairs, eights), plus));
+  store(codes.quads[2 * octet + 1][h * kLanes], bit_or(bit_and(shift_right<2>(pairs), eights), plus));
 }
 
 // 0x02020202 where the lane's highest bit, of a minus, is clear

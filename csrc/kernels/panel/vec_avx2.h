@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "kernels/panel/eight_words.h"
+
 namespace kt::KT_ISA_NAMESPACE {
 namespace {
 
@@ -56,31 +58,21 @@ inline Ints zero_extend_bytes(const uint8_t* p) {
 inline Ints zero_extend_halves(const uint8_t* p) {
   return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
-inline Ints gather_32(const void* base, Ints index) {
-  return _mm256_i32gather_epi32(static_cast<const int*>(base), index, 4);
+inline Ints gather_32(const uint32_t* words, Ints index) {
+  alignas(32) uint64_t indices[4];
+  store(indices, index);
+  return eight_words(words, indices);
 }
 
 struct IntPair {
   Ints low, high;
 };
 
-// words[lower half of indices] and words[upper half]
-inline __m128i two_words(const uint64_t* words, int64_t indices) {
-  const auto* first = words + static_cast<uint32_t>(indices);
-  const auto* second = words + (static_cast<uint64_t>(indices) >> 32);
-  const __m128 low = _mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(first)));
-  return _mm_castps_si128(_mm_loadh_pi(low, reinterpret_cast<const __m64*>(second)));
-}
-
-// Eight loads, as the gathers of several kinds of processors are slower than that. Rows 0, 1, 4, 5 and 2, 3, 6, 7 go
-// together, so that the last shuffles, which work within 128 bits, leave all in order.
-inline IntPair gather_64(const void* base, Ints index) {
-  const auto* words = static_cast<const uint64_t*>(base);
-  const __m128i low = _mm256_castsi256_si128(index), high = _mm256_extracti128_si256(index, 1);
-  const __m256 a = _mm256_castsi256_ps(
-      _mm256_set_m128i(two_words(words, _mm_cvtsi128_si64(high)), two_words(words, _mm_cvtsi128_si64(low))));
-  const __m256 b = _mm256_castsi256_ps(
-      _mm256_set_m128i(two_words(words, _mm_extract_epi64(high, 1)), two_words(words, _mm_extract_epi64(low, 1))));
+// As in vec_avx512.h.
+inline IntPair gather_64(const uint64_t* words, Ints index) {
+  alignas(32) uint64_t indices[4];
+  store(indices, index);
+  const Floats a = four_words(words, indices[0], indices[2]), b = four_words(words, indices[1], indices[3]);
   return {_mm256_castps_si256(_mm256_shuffle_ps(a, b, 0x88)), _mm256_castps_si256(_mm256_shuffle_ps(a, b, 0xdd))};
 }
 inline Ints spread_byte_0(Ints v) {

@@ -35,7 +35,7 @@ cp /inside /root/tmp/; chroot /root /bin/bash /tmp/inside; echo "status of the g
 poweroff -f
 END
 cat >"$work/init/inside" <<END
-export HOME=/tmp PATH=/usr/bin:/bin PYTHONDONTWRITEBYTECODE=1
+export HOME=/tmp COLUMNS=150 PATH=/usr/bin:/bin PYTHONDONTWRITEBYTECODE=1
 cd "$PWD" || exit 1
 failed=0
 lscpu | grep NUMA

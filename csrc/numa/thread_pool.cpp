@@ -263,7 +263,7 @@ void ThreadPool::leave_phase(uint32_t phase, int worker) {
     finish_phase();
   }
   LostCpu& account = workers_[worker].lost_cpu;
-  if (max_parked_ > 0 && account.wants_look(now)) account.look(now, run_delay_ns());
+  if (max_parked_ > 0 && worker < num_threads_ && account.wants_look(now)) account.look(now, run_delay_ns());
 }
 
 // True for the last one to leave: the phase is closed, and until the next one is open all is the calling thread's.

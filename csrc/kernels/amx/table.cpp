@@ -14,18 +14,18 @@ constexpr int kMinTokensInt = 12, kMinTokensFloat = 4;
   {GgmlType::type, ActivationFormat::F32,         1,                        \
    sizeof(float),  avx512_vnni::copy_activations, avx512_vnni::gemm_##type, \
    kPanelRows,     {tile_gemm_bf16_##type},       kMinTokensFloat},
-#define KT_INT_ENTRY(type, ...)   \
-  {GgmlType::type,                \
-   ActivationFormat::INT8_32,     \
-   32,                            \
-   sizeof(ActivationBlock32),     \
-   avx512_vnni::quantize_int8_32, \
-   avx512_vnni::gemm_##type,      \
-   kPanelRows,                    \
-   {__VA_ARGS__},                 \
+#define KT_INT_ENTRY(type, gemm, ...) \
+  {GgmlType::type,                    \
+   ActivationFormat::INT8_32,         \
+   32,                                \
+   sizeof(ActivationBlock32),         \
+   avx512_vnni::quantize_int8_32,     \
+   gemm,                              \
+   kPanelRows,                        \
+   {__VA_ARGS__},                     \
    kMinTokensInt},
-#define KT_CODE_ENTRY(type) KT_INT_ENTRY(type, tile_gemm_bf16_##type, tile_gemm_int8_##type)
-#define KT_GRID_ENTRY(type) KT_INT_ENTRY(type, tile_gemm_bf16_##type)
+#define KT_CODE_ENTRY(type) KT_INT_ENTRY(type, avx512_vnni::gemm_##type, tile_gemm_bf16_##type, tile_gemm_int8_##type)
+#define KT_GRID_ENTRY(type) KT_INT_ENTRY(type, gemm_##type, tile_gemm_bf16_##type)
 
 constexpr TypeKernels kTypes[] = {KT_FLOAT_TYPES(KT_FLOAT_ENTRY) KT_CODE_TYPES(KT_CODE_ENTRY)
                                       KT_GRID_TYPES(KT_GRID_ENTRY)};

@@ -1,5 +1,5 @@
-// Words of a codebook, by loads: the gather instructions of several kinds of processors are slower. A load puts its
-// word into all lanes, and blends, unlike shuffles and inserts, go to any vector port.
+// Words of a codebook, by loads, where gather instructions may be slower. A load puts its word into all lanes, and
+// blends, unlike shuffles and inserts, go to any vector port.
 #pragma once
 
 #include <immintrin.h>

@@ -35,6 +35,9 @@
   X(BF16)
 
 #define KT_DECLARE_GEMM(type) void gemm_##type(const GemmParams& params);
+// Where gemm_int.h and the type's Unpack are included.
+#define KT_DEFINE_GEMM(type) \
+  void gemm_##type(const GemmParams& params) { gemm_int<Unpack##type>(params); }
 #define KT_DECLARE_PANEL_KERNELS(variant)                                \
   namespace kt::variant {                                                \
   KT_INT_TYPES(KT_DECLARE_GEMM)                                          \

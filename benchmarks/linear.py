@@ -1,18 +1,17 @@
 """What the dense products of DeepSeek-R1's decode step take, by every kernel that could compute them.
 
-    python benchmarks/linear.py [--tokens 1,4,16] [--shapes o_proj,q_b] [--kernels marlin-int4,few-8x4] [--json FILE]
+    python benchmarks/linear.py [--tokens 1,4,16] [--shapes o_proj,q_b] [--kernels marlin-int4,few-2] [--json FILE]
 
 Each is timed in a CUDA graph that goes over so many copies of the weight that 220 MB pass before one is read again: an
 L2 has 50. Weights are random numbers in the kernel's own format; the first and last outputs are compared with float64
-of the dequantised weight. `few-LxW` is benchmarks/int4_few_tokens.py with L lanes and W warps a program, `few-LxWxR`
-with at most R registers a thread. Needs a Hopper GPU and vLLM for CUDA.
+of the dequantised weight. `few` is kt_vllm's kernel for up to four tokens, `few-P` with P programs that share the
+inputs of 64 outputs. Needs a Hopper GPU and vLLM for CUDA.
 """
 
 import argparse
 import copy
 import json
 import math
-import re
 import statistics
 import sys
 from collections.abc import Callable
@@ -39,11 +38,7 @@ KERNELS = (
     "marlin-fp8",
     "machete-int4",
     "marlin-int4",
-    "few-8x4",
-    "few-8x8",
-    "few-16x4",
-    "few-32x8",
-    "few-8x4x80",
+    "few",
 )
 GROUP = 64
 BEYOND_L2 = 220e6
@@ -120,14 +115,21 @@ def make_int4(name: str, outputs: int, inputs: int) -> Product:
     return Product(layer, kernel.apply_weights, first, last)
 
 
-def make_few_tokens(lanes: int, warps: int, registers: int, outputs: int, inputs: int) -> Product:
-    from int4_few_tokens import Shape, few_tokens
+def make_few_tokens(parts: int | None, outputs: int, inputs: int) -> Product:
+    """int4_few_tokens on the weight as Marlin has it; parts: None for what kt_vllm chooses."""
+    from kt_vllm import int4_linear
+    from kt_vllm.int4_few_tokens import multiply_few_tokens
 
-    shape = Shape(lanes, warps, registers)
     marlin = make_int4("marlin", outputs, inputs)
+    weight = marlin.layer.weight_packed, marlin.layer.weight_scale, marlin.layer.weight_zero_point
+    chosen = parts or int4_linear.few_tokens_parts(outputs, inputs, *weight)
+    if chosen is None:
+        raise ValueError("not a weight for this kernel")
+    marlin.layer.register_buffer("arrived", int4_linear.counters(outputs, weight[0].device))
 
     def apply(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-        return few_tokens(x, layer.weight_packed, layer.weight_scale, layer.weight_zero_point, shape)[:, :outputs]
+        weight = layer.weight_packed, layer.weight_scale, layer.weight_zero_point
+        return multiply_few_tokens(x, *weight, layer.arrived, chosen)
 
     return Product(marlin.layer, apply, marlin.first, marlin.last)
 
@@ -169,9 +171,8 @@ def make_fp8(outputs: int, inputs: int) -> Product:
 
 
 def make(kernel: str, outputs: int, inputs: int) -> Product:
-    few = re.fullmatch(r"few-(\d+)x(\d+)(?:x(\d+))?", kernel)
-    if few:
-        return make_few_tokens(int(few[1]), int(few[2]), int(few[3] or 0), outputs, inputs)
+    if kernel.startswith("few"):
+        return make_few_tokens(int(kernel.removeprefix("few").removeprefix("-") or 0) or None, outputs, inputs)
     if kernel.endswith("-int4"):
         return make_int4(kernel.removesuffix("-int4"), outputs, inputs)
     return {"bf16": make_bf16, "marlin-fp8": make_fp8}[kernel](outputs, inputs)
@@ -214,7 +215,7 @@ def microseconds(product: Product, layers: list[torch.nn.Module], x: torch.Tenso
 
 def measure(kernel: str, shape: str, tokens: list[int], stream: torch.cuda.Stream) -> list[dict[str, Any]]:
     outputs, inputs = SHAPES[shape]
-    most = 4 if kernel.startswith("few-") else max(tokens)
+    most = 4 if kernel.startswith("few") else max(tokens)
     with torch.cuda.stream(stream):
         product = make(kernel, outputs, inputs)
         nbytes = sum(p.numel() * p.element_size() for p in product.layer.parameters())

@@ -23,6 +23,8 @@ The files in the order a request meets them:
     explain     `kt-vllm explain`: the table of it
     dense_methods    vLLM's linear layers and head in fp8 and int4
     int4        weights as integers of 4 bits
+    int4_linear      products with them on a GPU, by the number of tokens
+    int4_few_tokens  the kernel for one to four
     loader      dense tensors to vLLM, experts to the executor
     layer       RoutedExperts: submit, shared experts, wait
     device_experts  routed experts on vLLM's own device

@@ -59,6 +59,7 @@ class DenseQuantConfig(QuantizationConfig):
         self._quants: dict[str, str] | None = None
         self._built: dict[str, int] = {}
         self._head: str | None = None
+        self._int4: list[Int4OnlineLinearMethod] = []
         self._not_as_asked: dict[tuple[str, str], list[str]] = {}
 
     @classmethod
@@ -103,7 +104,10 @@ class DenseQuantConfig(QuantizationConfig):
             "fp8": Fp8OnlineLinearMethod,
             "int4": Int4OnlineLinearMethod,
         }
-        return methods[quant]()
+        method = methods[quant]()
+        if isinstance(method, Int4OnlineLinearMethod):
+            self._int4.append(method)
+        return method
 
     def _wanted(self, prefix: str) -> str:
         """Of a layer by its name in vLLM's model; the most exact of its parts where it is several of the checkpoint."""
@@ -127,6 +131,9 @@ class DenseQuantConfig(QuantizationConfig):
         counts = ", ".join(f"{count} in {quant}" for quant, count in sorted(self._built.items())) or "none"
         head = "" if self._head is None else f"; the head in {self._head}"
         lines = [f"dense linear layers on the device: {counts}{head}."]
+        if self._int4 and current_platform.is_cuda():
+            few = sum(method.few_tokens_parts is not None for method in self._int4)
+            lines.append(f"{few} of {len(self._int4)} in int4 have a kernel of their own for few tokens; else Marlin.")
         for (quant, reason), names in self._not_as_asked.items():
             lines.append(f"{len(names)} of them are in {quant}, as {reason}: {', '.join(names[:4])}.")
         return lines
@@ -195,8 +202,9 @@ class Fp8OnlineLinearMethod(Fp8PerBlockOnlineLinearMethod):
 
 
 class Int4OnlineLinearMethod(OnlineLinearBase):
-    """int4.quantize() on the way in, Marlin on CUDA and vLLM's WNA16 kernel on the CPU platform for the product.
+    """int4.quantize() on the way in; for the product int4_linear on CUDA and vLLM's WNA16 kernel on the CPU platform.
 
+    int4_linear is our kernel for a few tokens and Marlin for more.
     Marlin, and not what vLLM would choose: Machete keeps zero points as wide as scales, 4.5 bits a weight in place of
     4.31, is for Hopper alone, and takes 1.3 to 1.5 times as long for few tokens (benchmarks/RESULTS.md).
     """
@@ -207,6 +215,7 @@ class Int4OnlineLinearMethod(OnlineLinearBase):
         super().__init__()
         # Where it is set, vLLM prepares attention twice, and with AMX the first time throws kv_b_proj's weight away.
         self.uses_meta_device = not current_platform.is_cpu()
+        self.few_tokens_parts: int | None = None
 
     def create_weights(
         self,
@@ -256,10 +265,27 @@ class Int4OnlineLinearMethod(OnlineLinearBase):
         _release(weight)
         register_int4(layer, stored)
         self.kernel.process_weights_after_loading(layer)
+        if current_platform.is_cuda():
+            from kt_vllm import int4_linear  # its Triton is there on GPUs alone
+
+            num_inputs, num_outputs = self.kernel.config.partition_weight_shape
+            weight = (layer.weight_packed, layer.weight_scale, layer.weight_zero_point)
+            self.few_tokens_parts = int4_linear.few_tokens_parts(num_outputs, num_inputs, *weight)
+            if self.few_tokens_parts is not None:
+                layer.register_buffer("few_tokens_arrived", int4_linear.counters(num_outputs, weight[0].device), False)
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x: [..., input_size] -> [..., output_size]."""
-        return self.kernel.apply_weights(layer, x, bias)
+        if self.few_tokens_parts is None or bias is not None:
+            return self.kernel.apply_weights(layer, x, bias)
+        return torch.ops.kt_vllm.int4_linear(
+            x,
+            layer.weight_packed,
+            layer.weight_scale,
+            layer.weight_zero_point,
+            layer.few_tokens_arrived,
+            self.few_tokens_parts,
+        )
 
 
 def _leave_padding_out(layer: torch.nn.Module) -> None:

@@ -1,7 +1,7 @@
 """The model folder's config.json, without the quantisation of weights we do not load.
 
 DeepSeek-R1's config announces fp8 weights. Ours come from the GGUF, so vLLM must build plain linear layers, or those
-that the user's --quantization asks for.
+that the user's --quantization asks for. What config.json leaves open is filled in as Hugging Face computes it.
 """
 
 from pathlib import Path
@@ -51,6 +51,9 @@ class KTConfigParser(HFConfigParser):
                 "kt_vllm: ignoring the %s quantization of config.json; the weights come from the GGUF.",
                 dropped.get("quant_method", "unnamed"),
             )
+        if not hasattr(config, "moe_router_dtype"):
+            # Of vLLM's DeepSeek: the router's logits in float32, as Hugging Face has them, not in the model's type.
+            config.moe_router_dtype = config_dict["moe_router_dtype"] = "float32"
         if getattr(config, "dtype", None) is None and getattr(config.get_text_config(), "dtype", None) is None:
             # vLLM would look into the folder's or the repository's safetensors for it, which are not used here.
             config.dtype = torch.bfloat16

@@ -109,5 +109,5 @@ INT4_ERROR_OVER_MIN_MAX = 0.95
 MAX_MEAN_NLL_DIFFERENCE_QUANTISED = 0.01
 MAX_MEAN_KL_QUANTISED = 0.03
 
-# benchmarks/int4_few_tokens.py, relative L2 error of float32 sums: 1e-5 for inputs of bfloat16, 2.5e-5 of float16.
-MAX_FEW_TOKENS_ERROR = 5e-5
+# kt_vllm.int4_few_tokens, relative L2 error of float32 sums: 2e-6, of codes with 128 added and taken off again.
+MAX_FEW_TOKENS_ERROR = 1e-5

@@ -42,6 +42,7 @@ def test_log_probabilities(quant: str, eager: bool) -> None:
     # kv_b_proj is kept
     built = f"dense linear layers on the device: 4 in bf16, 20 in {quant}; the head in {for_head(quant)}."
     assert (built in log) != exact, log[-4000:]
+    assert ("20 of 20 in int4 have a kernel of their own for few tokens; else Marlin." in log) == (quant == "int4")
 
 
 @pytest.mark.parametrize(("quant", "kl"), [("fp8", KL_OF_FP8_HEAD), ("int4", KL_OF_INT4_HEAD)])
@@ -105,6 +106,51 @@ def test_marlin_multiplies_with_what_was_stored(rows: int, cols: int, num_tokens
     error = float((got - expected).norm() / expected.norm())
     print(rows, cols, num_tokens, error)
     assert error < 1.5 * MAX_ROUNDING_ERROR["bfloat16"]
+
+
+@pytest.mark.usefixtures("parallel_groups")
+@pytest.mark.parametrize(
+    ("rows", "cols", "parts"), [(2112, 7168, 4), (7168, 16384, 2), (24576, 1536, 1), (832, 512, 4)]
+)
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 4, 5])
+def test_one_op_for_few_and_many_tokens(rows: int, cols: int, parts: int, num_tokens: int) -> None:
+    """In a graph that is replayed, as the counters of one call are those of the next; against float64."""
+    from vllm.model_executor.kernels.linear.mixed_precision.marlin import MarlinLinearKernel
+    from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import MPLinearLayerConfig
+    from vllm.scalar_type import scalar_types
+
+    from kt_vllm import int4, int4_linear
+    from kt_vllm.dense_methods import register_int4
+
+    weight = torch.randn(rows, cols, device="cuda", dtype=torch.bfloat16) / cols**0.5
+    stored = int4.quantize(weight, INT4_GROUP)
+    layer = torch.nn.Module()
+    config = MPLinearLayerConfig((cols, rows), (cols, rows), scalar_types.uint4, torch.bfloat16, INT4_GROUP, True)
+    kernel = MarlinLinearKernel(config, *register_int4(layer, stored))
+    kernel.process_weights_after_loading(layer)
+    weights = layer.weight_packed, layer.weight_scale, layer.weight_zero_point
+    assert int4_linear.few_tokens_parts(rows, cols, *weights) is not None
+    arrived = int4_linear.counters(rows, weights[0].device)
+    x = torch.empty(num_tokens, cols, device="cuda", dtype=torch.bfloat16)
+
+    def multiply() -> torch.Tensor:
+        return torch.ops.kt_vllm.int4_linear(x, *weights, arrived, parts)
+
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        multiply()
+        stream.synchronize()
+        with torch.cuda.graph(graph, stream=stream):
+            got = multiply()
+        for _ in range(3):
+            x.copy_(torch.randn_like(x))
+            got.fill_(torch.nan)
+            graph.replay()
+            expected = x.double() @ int4.dequantize(stored).double().T
+            error = float((got.double() - expected).norm() / expected.norm())
+            # Marlin, from five tokens on, rounds weights to bfloat16 as well.
+            assert error < (1 if num_tokens <= 4 else 1.5) * MAX_ROUNDING_ERROR["bfloat16"], error
+    assert not arrived.any()
 
 
 @pytest.mark.parametrize("quant", ["fp8", "int4"])

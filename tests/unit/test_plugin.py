@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -100,6 +101,23 @@ def test_layers_are_stock_without_flags_and_ours_with_them() -> None:
     """RoutedExperts of every mixture-of-experts family, built by vLLM's own model code (see build_models.py)."""
     out = run("import runpy; runpy.run_module('tests.unit.build_models', run_name='__main__')")
     assert out.count("OK ") == 10, out
+
+
+@pytest.mark.e2e
+def test_routers_are_computed_in_float32_unless_config_json_says_otherwise(tmp_path: Path) -> None:
+    run(
+        f"""
+        import json, pathlib
+        from kt_vllm.hf_config import KTConfigParser
+
+        fields, config = KTConfigParser().parse("{MODEL}", trust_remote_code=False)
+        assert fields["moe_router_dtype"] == config.moe_router_dtype == "float32"
+        stated = json.loads(pathlib.Path("{MODEL}", "config.json").read_text()) | {{"moe_router_dtype": None}}
+        pathlib.Path("{tmp_path}", "config.json").write_text(json.dumps(stated))
+        fields, config = KTConfigParser().parse("{tmp_path}", trust_remote_code=False)
+        assert fields["moe_router_dtype"] is config.moe_router_dtype is None
+        """
+    )
 
 
 @pytest.mark.e2e

@@ -165,8 +165,7 @@ def _few_tokens(
                     product = (sums[2 * half + token] - of_zero) * _scale(scales[j], half)
                     new += (totals[(2 * j + half) * EACH + token] + product,)
         totals = new
-    # Through memory, not by a reduction: Triton's, of threads of all warps, took most of a short product's time in
-    # conflicts of shared memory's banks.
+    # Through memory, not by a reduction: Triton's exchange through shared memory took half of a short product's time.
     sums_at = partial + own * (num_tokens * num_outputs) + tile_row * 64 + row
     for token in tl.static_range(EACH):
         of = 2 * column + token

@@ -74,6 +74,7 @@ def results(name: str) -> dict[str, Any]:
             {},
         ),
         "hostfunc": ("score,decode", graphs, {"handover": "hostfunc"}),
+        "int4": ("score,decode", graphs, {"gpu_quant": "int4"}),
         "rules": ("score,decode,steps", graphs, {"rules": str(rules)}),
         "tensor_parallel": ("score,decode", {**graphs, "tensor_parallel_size": 2}, {}),
         "pipeline_parallel": ("score,decode", {**graphs, "pipeline_parallel_size": 2}, {}),
@@ -190,6 +191,12 @@ def test_graphs_without_coordinator_end() -> None:
     assert watchdog["after_seconds"] < WATCHDOG_SECONDS + WATCHDOG_SLACK_SECONDS, watchdog
     assert found["log"].count("kt_vllm: error: the executor did not answer MoE layer") == 1
     assert found["status"] == 0, found["status"]
+
+
+def test_int4_decodes_as_it_prefills() -> None:
+    """Up to four requests by the kernel for few tokens, more and the prefill by Marlin."""
+    check_decode("int4", "FULL")
+    assert "20 of 20 in int4 have a kernel of their own for few tokens" in results("int4")["log"]
 
 
 def test_small_chunks_are_exact() -> None:

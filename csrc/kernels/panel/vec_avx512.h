@@ -64,8 +64,8 @@ struct IntPair {
   Ints low, high;
 };
 #if defined(__AMX_TILE__)
-// On the CPUs that have AMX, gathers take half the time of loads; on others with AVX-512 longer: on AMD's by a quarter
-// to a half, on Intel's since their microcode holds gathers back (advisory INTEL-SA-00828).
+// On the CPUs that have AMX, gathers take half the time of loads. On others with AVX-512 they take longer: a quarter
+// and more on AMD's, and on Intel's the microcode holds them back (advisory INTEL-SA-00828).
 inline Ints gather_32(const uint32_t* words, Ints index) { return _mm512_i32gather_epi32(index, words, 4); }
 inline IntPair gather_64(const uint64_t* words, Ints index) {
   const Ints a = _mm512_i32gather_epi64(_mm512_castsi512_si256(index), words, 8);

@@ -20,7 +20,7 @@ from kt_vllm import int4
 from tests.tolerances import MAX_FEW_TOKENS_ERROR
 
 vllm.triton_utils.tl, vllm.triton_utils.triton = tl, triton  # as where there is a GPU
-from kt_vllm import int4_few_tokens  # noqa: E402
+from kt_vllm import int4_few_tokens, int4_linear  # noqa: E402
 from kt_vllm.int4_few_tokens import GROUP, MAX_TOKENS, multiply_few_tokens, parts_for  # noqa: E402
 
 LANE = np.arange(32)
@@ -124,3 +124,61 @@ def test_parts(num_outputs: int, num_inputs: int, parts: int | None, monkeypatch
     assert parts_for(num_outputs, num_inputs, packed, scale) == parts
     assert parts_for(num_outputs, num_inputs, packed, scale.half()) is None
     assert parts_for(num_outputs - 32, num_inputs, packed, scale) is None, "filled up by Marlin"
+
+
+@pytest.fixture
+def weight(monkeypatch: pytest.MonkeyPatch) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """[outputs, inputs], and as Marlin has it; exact arithmetic in Marlin's place."""
+    stored = int4.quantize(torch.randn(128, 256).bfloat16(), GROUP)
+    exact = int4.dequantize(stored)
+    monkeypatch.setattr(int4_linear, "_marlin", lambda x, *_: (x.float() @ exact.T).bfloat16())
+    monkeypatch.setattr(int4_linear, "_checked", {})
+    monkeypatch.setattr(int4_linear, "parts_for", lambda *_: 2)
+    return exact, as_marlin_has_it(stored)
+
+
+def test_one_op_goes_by_the_number_of_tokens(
+    weight: tuple[torch.Tensor, tuple[torch.Tensor, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled once for all of them, as vLLM compiles a model."""
+    exact, stored = weight
+    counts: list[int] = []
+    few = int4_linear.multiply_few_tokens
+    monkeypatch.setattr(int4_linear, "multiply_few_tokens", lambda x, *others: counts.append(len(x)) or few(x, *others))
+    arrived = int4_linear.counters(128, torch.device("cpu"))
+    graphs = 0
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    @torch.compile(backend=backend, fullgraph=True, dynamic=True)
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.kt_vllm.int4_linear(x * 2, *stored, arrived, 2) + 1
+
+    for shape in ((17,), (5,), (2,), (4,), (3, 2), (2, 2)):
+        x = torch.randn(*shape, 256).bfloat16()
+        torch._dynamo.maybe_mark_dynamic(x, 0)
+        got = model(x)
+        assert got.shape == (*shape, 128) and got.dtype == torch.bfloat16
+        torch.testing.assert_close(got.float(), (2 * x.float()) @ exact.T + 1, rtol=0.02, atol=0.5)
+    assert counts == [2, 4, 4]
+    assert graphs == 2, "of x [tokens, inputs] and of x [., ., inputs]"
+
+
+def test_a_kernel_that_is_wrong_here_is_not_used(
+    weight: tuple[torch.Tensor, tuple[torch.Tensor, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    _, stored = weight
+    assert int4_linear.few_tokens_parts(128, 256, *stored) == 2
+    few = int4_linear.multiply_few_tokens
+    for wrong in (lambda *a: few(*a) * 1.05, lambda *a: few(*a) * float("nan")):
+        monkeypatch.setattr(int4_linear, "_checked", {})
+        monkeypatch.setattr(int4_linear, "multiply_few_tokens", wrong)
+        caplog.clear()
+        assert int4_linear.few_tokens_parts(128, 256, *stored) is None
+        assert int4_linear.few_tokens_parts(128, 256, *stored) is None
+        assert caplog.text.count("Marlin computes int4 products of few tokens too") == 1

@@ -1,11 +1,11 @@
 """What the dense products of DeepSeek-R1's decode step take, by every kernel that could compute them.
 
-    python benchmarks/linear.py [--tokens 1,4,16] [--shapes o_proj,q_b] [--kernels marlin-int4,few-2] [--json FILE]
+    python benchmarks/linear.py [--tokens 1,4,16] [--shapes o_proj,q_b] [--kernels marlin-int4,few] [--json FILE]
 
 Each is timed in a CUDA graph that goes over so many copies of the weight that 220 MB pass before one is read again: an
 L2 has 50. Weights are random numbers in the kernel's own format; the first and last outputs are compared with float64
-of the dequantised weight. `few` is kt_vllm's kernel for up to four tokens, `few-P` with P programs that share the
-inputs of 64 outputs. Needs a Hopper GPU and vLLM for CUDA.
+of the dequantised weight. `few` is kt_vllm's kernel for up to four tokens. Needs a Hopper GPU and vLLM for
+CUDA.
 """
 
 import argparse
@@ -115,21 +115,21 @@ def make_int4(name: str, outputs: int, inputs: int) -> Product:
     return Product(layer, kernel.apply_weights, first, last)
 
 
-def make_few_tokens(parts: int | None, outputs: int, inputs: int) -> Product:
-    """int4_few_tokens on the weight as Marlin has it; parts: None for what kt_vllm chooses."""
+def make_few_tokens(outputs: int, inputs: int) -> Product:
+    """int4_few_tokens on the weight as Marlin has it."""
     from kt_vllm import int4_linear
     from kt_vllm.int4_few_tokens import multiply_few_tokens
 
     marlin = make_int4("marlin", outputs, inputs)
     weight = marlin.layer.weight_packed, marlin.layer.weight_scale, marlin.layer.weight_zero_point
-    chosen = parts or int4_linear.few_tokens_parts(outputs, inputs, *weight)
-    if chosen is None:
+    parts = int4_linear.few_tokens_parts(outputs, inputs, *weight)
+    if parts is None:
         raise ValueError("not a weight for this kernel")
     marlin.layer.register_buffer("arrived", int4_linear.counters(outputs, weight[0].device))
 
     def apply(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
         weight = layer.weight_packed, layer.weight_scale, layer.weight_zero_point
-        return multiply_few_tokens(x, *weight, layer.arrived, chosen)
+        return multiply_few_tokens(x, *weight, layer.arrived, parts)
 
     return Product(marlin.layer, apply, marlin.first, marlin.last)
 
@@ -171,11 +171,9 @@ def make_fp8(outputs: int, inputs: int) -> Product:
 
 
 def make(kernel: str, outputs: int, inputs: int) -> Product:
-    if kernel.startswith("few"):
-        return make_few_tokens(int(kernel.removeprefix("few").removeprefix("-") or 0) or None, outputs, inputs)
     if kernel.endswith("-int4"):
         return make_int4(kernel.removesuffix("-int4"), outputs, inputs)
-    return {"bf16": make_bf16, "marlin-fp8": make_fp8}[kernel](outputs, inputs)
+    return {"bf16": make_bf16, "marlin-fp8": make_fp8, "few": make_few_tokens}[kernel](outputs, inputs)
 
 
 def error(product: Product, x: torch.Tensor) -> float:
@@ -215,7 +213,7 @@ def microseconds(product: Product, layers: list[torch.nn.Module], x: torch.Tenso
 
 def measure(kernel: str, shape: str, tokens: list[int], stream: torch.cuda.Stream) -> list[dict[str, Any]]:
     outputs, inputs = SHAPES[shape]
-    most = 4 if kernel.startswith("few") else max(tokens)
+    most = 4 if kernel == "few" else max(tokens)
     with torch.cuda.stream(stream):
         product = make(kernel, outputs, inputs)
         nbytes = sum(p.numel() * p.element_size() for p in product.layer.parameters())

@@ -1,6 +1,6 @@
 """A product of one to four tokens with an int4 weight as Marlin has it, near the time of reading the weight once.
 
-Marlin's tiles are of 16 tokens, and it takes 1.2 to 1.5 times as long for so few (benchmarks/RESULTS.md). Larger
+Marlin's tiles are of 16 tokens, and it takes 1.06 to 1.5 times as long for so few (benchmarks/RESULTS.md). Larger
 batches go on through it, so the weight stays as vLLM's MarlinLinearKernel arranges it.
 
 Marlin's layout, codes of 4 bits with zero points, groups of 64: a tile is 64 outputs of 16 inputs, 128 words. Word
@@ -138,7 +138,7 @@ def _few_tokens(
     own = part * WARPS + tl.arange(0, WARPS)[:, None]
     for first in range(0, num_groups, PARTS * WARPS):
         group = first + own
-        inside = (group < num_groups) & (lane < 32)
+        inside = (group < num_groups) & (lane < 32)  # the latter for its shape: [WARPS, 32]
         words = ()
         for tile in tl.static_range(4):
             words += _four_words(packed + ((group * 4 + tile) * num_outputs + tile_row * 64 + lane * 2) * 2, inside)
@@ -165,7 +165,7 @@ def _few_tokens(
                     product = (sums[2 * half + token] - of_zero) * _scale(scales[j], half)
                     new += (totals[(2 * j + half) * EACH + token] + product,)
         totals = new
-    # Through memory, not by a reduction: Triton's exchange through shared memory took half of a short product's time.
+    # Through memory, not by Triton's reduction: its exchange through shared memory took up to a third of the time.
     sums_at = partial + own * (num_tokens * num_outputs) + tile_row * 64 + row
     for token in tl.static_range(EACH):
         of = 2 * column + token

@@ -11,8 +11,7 @@ namespace {
 
 constexpr int64_t kLookEvery = 5'000'000;
 
-// Open as long as its thread lives: with a path to walk, and nothing of the kernel in any cache after megabytes of
-// weights, a look took some 50 us, in which a worker was late for the next phase.
+// Open as long as its thread lives: opening it for each look takes seven times as long, between two phases.
 struct OwnSchedstat {
   OwnSchedstat() : file(open("/proc/thread-self/schedstat", O_RDONLY | O_CLOEXEC)) {}
   ~OwnSchedstat() {
